@@ -1,0 +1,91 @@
+"""The host boundary: monitoring code never raises into the process it watches.
+
+Every entry point that a host calls (hooks, callbacks, handlers) runs inside one ``Guard``. An exception of ours is
+logged (once per kind, then counted), counted by reason, and swallowed; the host's own exceptions are never touched.
+With ``NLA_MONITOR_STRICT=1`` (set by our tests) the guard re-raises, so that a test never hides a fault.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+logger = logging.getLogger("nla_monitor")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+STRICT_VARIABLE = "NLA_MONITOR_STRICT"
+
+
+def strict() -> bool:
+    """Whether faults of ours are re-raised (tests) instead of swallowed (production)."""
+    return os.environ.get(STRICT_VARIABLE, "") not in ("", "0")
+
+
+class Guard:
+    """Logs, counts and swallows faults at the host boundary.
+
+    One per monitor; safe for use from several threads (the lock protects the two counters).
+
+    Args:
+        on_fault: called with ``(where, error)`` after counting; must not raise (telemetry hangs on it).
+    """
+
+    def __init__(self, on_fault: Callable[[str, BaseException], None] | None = None) -> None:
+        self._on_fault = on_fault
+        self._lock = threading.Lock()
+        self._faults: Counter[str] = Counter()
+        self._last: dict[str, str] = {}
+
+    def fault(self, where: str, error: BaseException) -> None:
+        """Record a fault; re-raise it in strict mode."""
+        text = f"{type(error).__name__}: {error}"
+        with self._lock:
+            self._faults[where] += 1
+            first = self._last.get(where) != text
+            self._last[where] = text
+        if first:
+            # The traceback once per kind: a fault in a hook may recur at every step.
+            logger.warning("nla_monitor: fault in %s, the host goes on: %s", where, text, exc_info=error)
+        if self._on_fault is not None:
+            self._on_fault(where, error)
+        if strict():
+            raise error
+
+    @contextmanager
+    def __call__(self, where: str) -> Iterator[None]:
+        """Run a block of ours; no ``Exception`` leaves it (``KeyboardInterrupt`` and ``SystemExit`` do)."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 -- the one place where everything of ours is caught
+            self.fault(where, error)
+
+    def wrap(self, where: str, default: R, function: Callable[P, R]) -> Callable[P, R]:
+        """``function`` that returns ``default`` instead of raising."""
+
+        @functools.wraps(function)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self(where):
+                return function(*args, **kwargs)
+            return default
+
+        return guarded
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """Number of swallowed faults, by place."""
+        with self._lock:
+            return dict(self._faults)
+
+    @property
+    def last_fault(self) -> dict[str, str]:
+        """Text of the newest fault, by place."""
+        with self._lock:
+            return dict(self._last)

@@ -1,0 +1,68 @@
+"""Names of spans, metrics, events and attributes: the only place where they are spelled.
+
+Own names live under ``nla_monitor.`` (OpenTelemetry forbids new names under an existing namespace). ``gen_ai.`` names
+follow the GenAI semantic conventions as of 2026-11 (status: Development), written here as constants because the
+packaged ones are deprecated.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+SCOPE: Final = "nla_monitor"
+SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.37.0"
+
+CONTENT_VARIABLE: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
+
+# Spans
+SPAN_CAPTURE: Final = "nla_monitor.capture"
+SPAN_VERBALIZE: Final = "nla_monitor.verbalize"
+SPAN_EVALUATE: Final = "nla_monitor.evaluate"
+SPAN_ALERT: Final = "nla_monitor.alert"
+
+# GenAI conventions
+GEN_AI_OPERATION: Final = "gen_ai.operation.name"
+GEN_AI_PROVIDER: Final = "gen_ai.provider.name"
+GEN_AI_REQUEST_MODEL: Final = "gen_ai.request.model"
+GEN_AI_CONVERSATION: Final = "gen_ai.conversation.id"
+EVENT_EVALUATION: Final = "gen_ai.evaluation.result"
+EVALUATION_NAME: Final = "gen_ai.evaluation.name"
+EVALUATION_SCORE: Final = "gen_ai.evaluation.score.value"
+EVALUATION_LABEL: Final = "gen_ai.evaluation.score.label"
+EVALUATION_EXPLANATION: Final = "gen_ai.evaluation.explanation"
+ERROR_TYPE: Final = "error.type"
+
+# Attributes
+ATTR_RUN: Final = "nla_monitor.run.id"
+ATTR_SAMPLE: Final = "nla_monitor.sample.id"
+ATTR_STEP: Final = "nla_monitor.step"
+ATTR_POSITION: Final = "nla_monitor.position"
+ATTR_LAYER: Final = "nla_monitor.layer"
+ATTR_PHASE: Final = "nla_monitor.phase"
+ATTR_RULE: Final = "nla_monitor.rule.id"
+ATTR_RULE_VERSION: Final = "nla_monitor.rule.version"
+ATTR_SEVERITY: Final = "nla_monitor.severity"
+ATTR_ALERT: Final = "nla_monitor.alert.id"
+ATTR_ALERT_STATE: Final = "nla_monitor.alert.state"
+ATTR_AV_HASH: Final = "nla_monitor.av.hash"
+ATTR_AR_HASH: Final = "nla_monitor.ar.hash"
+ATTR_COSINE: Final = "nla_monitor.fidelity.cosine"
+ATTR_FVE: Final = "nla_monitor.fidelity.fve"
+ATTR_FVE_DENOMINATOR: Final = "nla_monitor.fidelity.denominator"
+ATTR_CALIBRATION: Final = "nla_monitor.calibration.status"
+ATTR_BATCH_SIZE: Final = "nla_monitor.batch.size"
+ATTR_REASON: Final = "reason"
+ATTR_OUTCOME: Final = "outcome"
+
+# Metrics (no ``_total``: exporters add it); unit beside the name
+METRIC_SAMPLED: Final = "nla_monitor.activations.sampled"  # {activation}
+METRIC_DROPPED: Final = "nla_monitor.activations.dropped"  # {activation}, by reason
+METRIC_FAULTS: Final = "nla_monitor.faults"  # {fault}, by place
+METRIC_VERBALIZATIONS: Final = "nla_monitor.verbalizations"  # {verbalization}, by outcome
+METRIC_VERBALIZE_DURATION: Final = "nla_monitor.verbalization.duration"  # s, one leased batch
+METRIC_DETECTION_DELAY: Final = "nla_monitor.detection.delay"  # s, from capture to alert
+METRIC_QUEUE_SIZE: Final = "nla_monitor.queue.size"  # {activation}
+METRIC_MATCHES: Final = "nla_monitor.matches"  # {match}, by rule
+METRIC_ALERTS: Final = "nla_monitor.alerts"  # {alert}, by rule and severity
+METRIC_FVE: Final = "nla_monitor.fidelity.fve"  # 1
+METRIC_CAPTURE_DURATION: Final = "nla_monitor.capture.overhead"  # s, host time per sampled forward
