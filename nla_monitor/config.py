@@ -48,13 +48,15 @@ class CaptureConfig(_Section):
         (), description="token strings (or ids) after which a sample is always taken: turn ends, control tokens"
     )
     triggers_per_sequence: int = Field(2, ge=0)
-    generated_tokens: int = Field(8, ge=0, description="agent generations: at most so many sampled tokens the model writes")
+    generated_tokens: int = Field(8, ge=0, description="agent generations: samples of written tokens, at most")
     positions: Positions = Field("all", description="prompt: where labels are -100; completion: where they are not")
     skip_first: int = Field(0, ge=0, description="positions at the start of a sequence that are never sampled")
     skip_special_tokens: bool = True
     phases: tuple[Phase, ...] = (Phase.TRAIN, Phase.EVAL, Phase.AGENT)
     seed: int = 0
-    store_text: bool = Field(True, description="keep the text before the token in the database (never in telemetry)")
+    store_text: bool = Field(
+        default=True, description="keep the text before the token in the database (never in telemetry)"
+    )
     context_tokens: int = Field(128, ge=0, description="how many tokens of text to keep with a sample")
 
 
@@ -80,7 +82,7 @@ class AlertConfig(_Section):
     """What alerts may do."""
 
     stop_on: Severity | None = Field(None, description="stop training at an alert of this severity or above")
-    log: bool = Field(True, description="log alerts in the host process")
+    log: bool = Field(default=True, description="log alerts in the host process")
     webhook: str | None = Field(None, description="URL that gets each alert as JSON (Alertmanager webhook, version 4)")
 
 
@@ -96,13 +98,13 @@ class MonitorConfig(_Section):
 
     database: str = Field("sqlite:///nla-monitor.db", description="SQLAlchemy URL, or a path of an SQLite file")
     run_name: str | None = None
-    nla: NLAConfig = Field(default_factory=lambda: NLAConfig())
-    capture: CaptureConfig = Field(default_factory=lambda: CaptureConfig())
+    nla: NLAConfig = Field(default_factory=NLAConfig)
+    capture: CaptureConfig = Field(default_factory=CaptureConfig)
     rules: tuple[str, ...] = Field(("oversight",), description="names of packs, rule files or folders of them")
-    queue: QueueConfig = Field(default_factory=lambda: QueueConfig())
-    worker: WorkerConfig = Field(default_factory=lambda: WorkerConfig())
-    alerts: AlertConfig = Field(default_factory=lambda: AlertConfig())
-    telemetry: TelemetryConfig = Field(default_factory=lambda: TelemetryConfig())
+    queue: QueueConfig = Field(default_factory=QueueConfig)
+    worker: WorkerConfig = Field(default_factory=WorkerConfig)
+    alerts: AlertConfig = Field(default_factory=AlertConfig)
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -119,7 +121,8 @@ def load_config(source: str | Path | Mapping[str, Any] | MonitorConfig | None = 
     """A config from a YAML file, a mapping, or an existing config.
 
     Raises:
-        ConfigError: the file is missing or no YAML, a key is unknown (with the nearest valid one), a value is out of range.
+        ConfigError: the file is missing or no YAML, a key is unknown (the nearest valid one is named), a value is out
+            of range.
     """
     if isinstance(source, MonitorConfig):
         return source

@@ -35,7 +35,8 @@ class MissingExtraError(NLAMonitorError, ImportError):
     """An optional dependency is absent."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package!r}. Install it with: pip install 'nla-monitor[{extra}]'")
+        hint = f"pip install 'nla-monitor[{extra}]'"
+        super().__init__(f"{purpose} needs the package {package!r}. Install it with: {hint}")
         self.package = package
         self.extra = extra
 
@@ -67,7 +68,9 @@ class AttachError(NLAMonitorError):
 class RuleError(NLAMonitorError):
     """A rule is malformed, or its embedded tests fail."""
 
-    def __init__(self, message: str, *, file: str | None = None, line: int | None = None, key: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, file: str | None = None, line: int | None = None, key: str | None = None
+    ) -> None:
         where = ":".join(str(part) for part in (file, line) if part is not None)
         prefix = f"{where}: " if where else ""
         suffix = f" (key {key!r})" if key else ""

@@ -1,8 +1,8 @@
 """Frozen records: what travels from the host process to an alert.
 
-Records grow by composition, keyed by the client-made ``sample_id``: ``ActivationSample`` → ``Explanation`` → ``Fidelity``
-→ ``Reading`` → ``Match`` → ``Alert``. No stage edits an earlier record. A stage that fails leaves a ``StageFailure``:
-result or failure, never neither.
+Records grow by composition, keyed by the client-made ``sample_id``: ``ActivationSample`` → ``Explanation`` →
+``Fidelity`` → ``Reading`` → ``Match`` → ``Alert``. No stage edits an earlier record. A stage that fails leaves a
+``StageFailure``: result or failure, never neither.
 
 This module is a leaf: it imports nothing of ours and no torch.
 """
@@ -10,6 +10,7 @@ This module is a leaf: it imports nothing of ours and no torch.
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import time
 from collections.abc import Mapping
@@ -316,4 +317,4 @@ class RunInfo:
     av_hash: str | None = None
     ar_hash: str | None = None
     config: Mapping[str, object] = field(default_factory=dict)
-    host: str = field(default_factory=lambda: f"{os.uname().nodename if hasattr(os, 'uname') else 'host'}:{os.getpid()}")
+    host: str = field(default_factory=lambda: f"{platform.node()}:{os.getpid()}")

@@ -20,6 +20,12 @@ SPAN_VERBALIZE: Final = "nla_monitor.verbalize"
 SPAN_EVALUATE: Final = "nla_monitor.evaluate"
 SPAN_ALERT: Final = "nla_monitor.alert"
 
+# Values of gen_ai.operation.name (custom ones are allowed where no well-known one applies)
+OPERATION_CAPTURE: Final = "capture"
+OPERATION_VERBALIZE: Final = "verbalize"
+OPERATION_EVALUATE: Final = "evaluate"
+OPERATION_ALERT: Final = "alert"
+
 # GenAI conventions
 GEN_AI_OPERATION: Final = "gen_ai.operation.name"
 GEN_AI_PROVIDER: Final = "gen_ai.provider.name"
@@ -51,7 +57,9 @@ ATTR_FVE: Final = "nla_monitor.fidelity.fve"
 ATTR_FVE_DENOMINATOR: Final = "nla_monitor.fidelity.denominator"
 ATTR_CALIBRATION: Final = "nla_monitor.calibration.status"
 ATTR_BATCH_SIZE: Final = "nla_monitor.batch.size"
+ATTR_BATCH_SOURCES: Final = "nla_monitor.batch.sources"  # distinct source traces; links beyond the SDK's limit are lost
 ATTR_REASON: Final = "reason"
+ATTR_PLACE: Final = "place"
 ATTR_OUTCOME: Final = "outcome"
 
 # Metrics (no ``_total``: exporters add it); unit beside the name

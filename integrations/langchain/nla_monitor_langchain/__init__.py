@@ -1,0 +1,36 @@
+"""nla_monitor for LangChain and LangGraph: activations of an agent's model, tied to the run, tool and token they belong to.
+
+    from nla_monitor import Monitor
+    from nla_monitor_langchain import NLACallbackHandler
+
+    monitor = Monitor.from_config("nla-monitor.yaml").attach(model, tokenizer)
+    agent.invoke(inputs, config={"callbacks": [NLACallbackHandler(monitor, llm=llm)]})
+
+Needs the extra ``nla-monitor[langchain]``.
+"""
+
+from __future__ import annotations
+
+from nla_monitor.errors import MissingExtraError
+
+try:
+    import langchain_core  # noqa: F401 -- only asks whether it is there, for an error that says what to install
+except ModuleNotFoundError as error:
+    raise MissingExtraError("langchain-core", "langchain", "nla_monitor_langchain") from error
+
+from nla_monitor_langchain.chat_model import ChatNLAModel
+from nla_monitor_langchain.extract import LLMPromptEncoder, PromptEncoder, TokenizerPromptEncoder, prompt_encoder
+from nla_monitor_langchain.handler import NLACallbackHandler, watch
+from nla_monitor_langchain.tracker import AgentMonitor, TrackerStats
+
+__all__ = [
+    "AgentMonitor",
+    "ChatNLAModel",
+    "LLMPromptEncoder",
+    "NLACallbackHandler",
+    "PromptEncoder",
+    "TokenizerPromptEncoder",
+    "TrackerStats",
+    "prompt_encoder",
+    "watch",
+]

@@ -1,0 +1,359 @@
+"""What is known of running agents, once per monitor: run tree, tool results, open capture sessions.
+
+All handlers and models of one monitor share one tracker, so that a handler installed twice (constructor and config,
+say) opens a model call's session once. State is keyed by run id, locked and bounded; nothing hangs on a handler.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from nla_monitor.guard import Guard
+from nla_monitor.records import AgentContext, Scalar
+from nla_monitor_langchain.bounded import BoundedMap
+from nla_monitor_langchain.lineage import Run, ToolLedger, ToolResult
+
+logger = logging.getLogger("nla_monitor")
+
+MAX_RUNS = 16_384
+MAX_MODEL_CALLS = 4_096
+TTL_SECONDS = 3_600.0
+
+
+class AgentMonitor(Protocol):
+    """What this integration needs of a ``Monitor``; ``tokenizer`` is used when it has one."""
+
+    @property
+    def guard(self) -> Guard:
+        """The monitor's host boundary."""
+        ...
+
+    def open_session(
+        self,
+        context: AgentContext,
+        token_ids: Sequence[int] | None,
+        *,
+        traceparent: str | None = None,
+        attributes: Mapping[str, Scalar] | None = None,
+    ) -> Any:
+        """Tie the forward passes of this prompt (None: of the calling thread) to an agent's run, until closed."""
+        ...
+
+    def close_session(self, handle: Any) -> None:
+        """No further forward pass belongs to the session."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """A model call that has started: everything its samples will carry."""
+
+    context: AgentContext
+    model_type: str
+    traceparent: str | None = None
+    attributes: Mapping[str, Scalar] = field(default_factory=dict)
+    reads: tuple[ToolResult, ...] = ()
+    fingerprint: str | None = None
+    """Hash of the messages, by which ``ChatNLAModel`` finds its call where LangChain passes no run id."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A started call and its capture sessions; guarded by the tracker's lock."""
+
+    call: ModelCall
+    handles: list[Any] = field(default_factory=list)
+    claimable: bool = False
+    """The model itself opens the session (``ChatNLAModel``); False once it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerStats:
+    """Counters since the start; nothing that was missed is missing here."""
+
+    model_calls: int
+    sessions: int
+    duplicates: int
+    """Start events of a model call already known: a handler is installed twice."""
+    expired: int
+    """Sessions closed because no end event came."""
+    unwatched: Mapping[str, int]
+    """Model calls for which no tokenizer is known, by model type: nothing was opened for them."""
+    without_activations: Mapping[str, int]
+    """Model calls that ended without one forward pass of the monitored model, by model type: API models, another
+    model than the attached one, a cached answer, a prompt tokenized in another way."""
+    open_calls: int
+    open_runs: int
+
+
+class Tracker:
+    """Run tree, tool results and open sessions of one monitor. Safe for use from any thread.
+
+    Args:
+        monitor: opens and closes capture sessions.
+        max_runs: chain and tool runs remembered at a time.
+        max_calls: model calls open at a time; beyond it the oldest session is closed and counted as expired.
+        ttl_seconds: age at which a run or session that never ended is given up.
+        clock: seconds, monotonic (tests inject one).
+    """
+
+    def __init__(
+        self,
+        monitor: AgentMonitor,
+        *,
+        max_runs: int = MAX_RUNS,
+        max_calls: int = MAX_MODEL_CALLS,
+        ttl_seconds: float = TTL_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._monitor = weakref.ref(monitor)
+        self._lock = threading.RLock()
+        self._runs: BoundedMap[str, Run] = BoundedMap(max_runs, ttl_seconds, clock)
+        self._ledgers: BoundedMap[str, ToolLedger] = BoundedMap(max_runs, ttl_seconds, clock)
+        self._calls: BoundedMap[str, _Open] = BoundedMap(max_calls, ttl_seconds, clock)
+        self._counts: Counter[str] = Counter()
+        self._silent: Counter[str] = Counter()
+        self._unwatched: Counter[str] = Counter()
+        self._said: set[str] = set()
+
+    # --- runs ---------------------------------------------------------------------------------------------------
+
+    def root_of(self, run_id: str, parent_run_id: str | None) -> str:
+        """Outermost run; the parent where its own start was not seen, the run itself where it has none."""
+        with self._lock:
+            parent = self._runs.get(parent_run_id) if parent_run_id else None
+        return parent.root_run_id if parent else parent_run_id or run_id
+
+    def start_run(self, run: Run) -> None:
+        """A chain or tool run has started."""
+        with self._lock:
+            self._runs.put(run.run_id, run)
+
+    def end_run(self, run_id: str) -> Run | None:
+        """A chain or tool run has ended; with the root goes what its tools returned."""
+        with self._lock:
+            run = self._runs.pop(run_id)
+            if run is not None and run.root_run_id == run_id:
+                self._ledgers.pop(run_id)
+        return run
+
+    def tool_result(self, root_run_id: str, result: ToolResult) -> None:
+        """A tool has returned something that a later model call of the same root may read."""
+        with self._lock:
+            ledger = self._ledgers.get(root_run_id) or ToolLedger()
+            ledger.add(result)
+            self._ledgers.put(root_run_id, ledger)
+
+    def results_read(self, root: str, prompt: str, parent_run_id: str | None, step: int | None) -> list[ToolResult]:
+        """Unread tool results that a model call with this prompt and place reads, oldest first."""
+        with self._lock:
+            ledger = self._ledgers.get(root)
+            return [] if ledger is None else ledger.read_by(prompt, parent_run_id, step)
+
+    # --- model calls --------------------------------------------------------------------------------------------
+
+    def is_open(self, run_id: str) -> bool:
+        """Whether this model call is known already; counts a second announcement of it."""
+        with self._lock:
+            known = run_id in self._calls
+            self._counts["duplicates"] += known
+        return known
+
+    def start_call(self, call: ModelCall, prompts: Sequence[Sequence[int]], *, claimable: bool = False) -> None:
+        """A model call begins: one capture session for each prompt's token ids (``[prompt][token]``).
+
+        ``claimable``: none yet, the model will ``claim`` the call in the thread that runs its forward passes.
+        """
+        run_id = call.context.agent_run_id
+        entry = _Open(call, claimable=claimable)
+        with self._lock:
+            if run_id in self._calls:
+                self._counts["duplicates"] += 1
+                return
+            self._counts["model_calls"] += 1
+            expired = self._calls.put(run_id, entry)
+            self._counts["expired"] += len(expired)
+        for old in expired:
+            self._close(old.handles)
+        for ids in prompts:
+            self._open(entry, ids)
+
+    def end_call(self, run_id: str, *, failed: bool = False) -> None:
+        """A model call has ended; the tool results that it read are read, unless it failed."""
+        with self._lock:
+            entry = self._calls.pop(run_id)
+            if entry is None:
+                return
+            ledger = self._ledgers.get(entry.call.context.root_run_id or run_id)
+            if ledger is not None and not failed:
+                ledger.consume(entry.call.reads)
+        if entry.handles or entry.claimable:
+            self._finish(entry.call, entry.handles, failed=failed)
+
+    def _finish(self, call: ModelCall, handles: Sequence[Any], *, failed: bool) -> None:
+        silent = not any(_saw_forward(handle) for handle in handles)
+        self._close(handles)
+        if silent and not failed:
+            self._without_activations(call.model_type)
+
+    def unwatched(self, model_type: str) -> None:
+        """A model call cannot be tied to forward passes because nobody told us how the model tokenizes."""
+        with self._lock:
+            self._unwatched[model_type] += 1
+        self._say_once(
+            f"unwatched:{model_type}",
+            "nla_monitor: a call of %r is not watched: no tokenizer is known for it. An API model has no activations to "
+            "read; for local weights pass NLACallbackHandler(monitor, llm=...) or tokenizer=..., or attach the monitor "
+            "with a tokenizer. Counted in stats.unwatched, not said again",
+            model_type,
+        )
+
+    @contextmanager
+    def claim(self, run_id: str | None, fingerprint: str, hint: str | None) -> Iterator[ModelCall | None]:
+        """For a model of ours, around its forward passes in the calling thread: the call and an open session.
+
+        Args:
+            run_id: the run, where LangChain passes it to the model.
+            fingerprint: hash of the messages, for the paths where it doesn't.
+            hint: run started last in this context; taken when its fingerprint is this one.
+
+        Yields:
+            None when no handler has announced such a call.
+        """
+        entry = self._take(run_id, fingerprint, hint)
+        if entry is None:
+            yield None
+            return
+        with self._session(entry):
+            yield entry.call
+
+    @contextmanager
+    def session(self, call: ModelCall) -> Iterator[ModelCall]:
+        """A session for the calling thread's forward passes, for a model that no handler watches."""
+        with self._session(_Open(call)):
+            yield call
+
+    @contextmanager
+    def _session(self, entry: _Open) -> Iterator[None]:
+        with self._monitor_guard("langchain.claim"):
+            self._open(entry, None)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            with self._monitor_guard("langchain.claim"):
+                self._release(entry, failed=failed)
+
+    def _release(self, entry: _Open, *, failed: bool) -> None:
+        with self._lock:
+            handles, entry.handles = entry.handles, []
+        if handles:
+            self._finish(entry.call, handles, failed=failed)
+
+    def _take(self, run_id: str | None, fingerprint: str, hint: str | None) -> _Open | None:
+        with self._lock:
+            entry = self._find(run_id, fingerprint, hint)
+            if entry is not None:
+                entry.claimable = False
+        return entry
+
+    def _find(self, run_id: str | None, fingerprint: str, hint: str | None) -> _Open | None:
+        if run_id is not None:
+            entry = self._calls.get(run_id)
+            return entry if entry is not None and entry.claimable else None
+        hinted = self._calls.get(hint) if hint else None
+        waiting = ([hinted] if hinted else []) + self._calls.values()
+        return next((entry for entry in waiting if entry.claimable and entry.call.fingerprint == fingerprint), None)
+
+    def _open(self, entry: _Open, ids: Sequence[int] | None) -> None:
+        monitor = self._monitor()
+        if monitor is None:
+            return
+        call = entry.call
+        handle = monitor.open_session(call.context, ids, traceparent=call.traceparent, attributes=call.attributes)
+        with self._lock:
+            self._counts["sessions"] += 1
+            entry.handles.append(handle)
+
+    def _close(self, handles: Sequence[Any]) -> None:
+        monitor = self._monitor()
+        if monitor is None:
+            return
+        for handle in handles:
+            monitor.close_session(handle)
+
+    @contextmanager
+    def _monitor_guard(self, where: str) -> Iterator[None]:
+        monitor = self._monitor()
+        if monitor is None:
+            yield
+            return
+        with monitor.guard(where):
+            yield
+
+    def _without_activations(self, model_type: str) -> None:
+        with self._lock:
+            self._silent[model_type] += 1
+        self._say_once(
+            f"silent:{model_type}",
+            "nla_monitor: a call of %r ended without one forward pass of the monitored model: there were no activations "
+            "to read (an API model, a cached answer, another model than the attached one, or a tokenizer that splits "
+            "the prompt in another way). Counted in stats.without_activations, not said again",
+            model_type,
+        )
+
+    def _say_once(self, key: str, message: str, *args: object) -> None:
+        with self._lock:
+            if key in self._said:
+                return
+            self._said.add(key)
+        logger.warning(message, *args)
+
+    @property
+    def stats(self) -> TrackerStats:
+        """Counters since the start."""
+        with self._lock:
+            return TrackerStats(
+                model_calls=self._counts["model_calls"],
+                sessions=self._counts["sessions"],
+                duplicates=self._counts["duplicates"],
+                expired=self._counts["expired"],
+                unwatched=dict(self._unwatched),
+                without_activations=dict(self._silent),
+                open_calls=len(self._calls),
+                open_runs=len(self._runs),
+            )
+
+
+def _saw_forward(handle: Any) -> bool:
+    """Whether any forward pass fell into the session; True for a monitor whose handles don't tell."""
+    forwards = getattr(handle, "forwards", None)
+    return forwards is None or bool(forwards)
+
+
+_trackers: weakref.WeakKeyDictionary[AgentMonitor, Tracker] = weakref.WeakKeyDictionary()
+_trackers_lock = threading.Lock()
+
+
+def tracker_for(monitor: AgentMonitor) -> Tracker:
+    """The tracker that all handlers and models of this monitor share."""
+    with _trackers_lock:
+        tracker = _trackers.get(monitor)
+        if tracker is None:
+            tracker = _trackers[monitor] = Tracker(monitor)
+        return tracker
+
+
+def trackers() -> list[Tracker]:
+    """Trackers of all living monitors."""
+    with _trackers_lock:
+        return list(_trackers.values())

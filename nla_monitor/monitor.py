@@ -1,0 +1,449 @@
+"""Monitor: the composition root of the host side.
+
+Capture → spool, a worker beside it, and a watcher thread that brings alerts back. Everything that a training loop or an
+agent calls is guarded: it never raises, never waits.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from nla_monitor import ranks
+from nla_monitor.capture import Capture
+from nla_monitor.capture.session import SessionHandle
+from nla_monitor.config import MonitorConfig, load_config
+from nla_monitor.errors import AttachError, ConfigError, StoreError
+from nla_monitor.guard import Guard
+from nla_monitor.nla.sidecar import load_sidecar
+from nla_monitor.organism import resolve
+from nla_monitor.records import (
+    ActivationSample,
+    AgentContext,
+    Alert,
+    AlertState,
+    Phase,
+    RunInfo,
+    Scalar,
+    uuid7,
+)
+from nla_monitor.rules import load_rules
+from nla_monitor.spool.sql import SqlSpool
+from nla_monitor.store.repository import Repository
+from nla_monitor.store.session import open_engine, prepare
+from nla_monitor.supervisor import WorkerProcess
+from nla_monitor.telemetry import Telemetry
+from nla_monitor.worker import Worker
+
+logger = logging.getLogger("nla_monitor")
+
+_WATCH_SECONDS = 0.5
+_EXIT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorStats:
+    """What became of the activations, so far."""
+
+    sampled: int
+    written: int
+    """Safely in the spool."""
+    dropped: Mapping[str, int]
+    """By reason."""
+    faults: Mapping[str, int]
+    """Swallowed faults of ours, by place."""
+    worker_restarts: int
+
+
+class Monitor:
+    """Watches one model in this process.
+
+    Args:
+        config: a YAML file, a mapping, a ``MonitorConfig``, or None for the defaults.
+        telemetry: OpenTelemetry providers to use; the global ones otherwise.
+        overrides: ``av``, ``ar``, ``layer``, ``rules``, ``database``, ``worker`` (``process``, ``thread``,
+            ``external``), ``stop_on``, ``run_name``, or whole sections (``capture={...}``).
+
+    Raises:
+        NLAMonitorError: config, checkpoint sidecar, rules or database cannot be used. Once attached, nothing is raised.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | Mapping[str, Any] | MonitorConfig | None = None,
+        *,
+        telemetry: Telemetry | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.config = _override(load_config(config), overrides)
+        self.telemetry = telemetry or Telemetry(config=self.config.telemetry)
+        self.guard = Guard(on_fault=lambda where, _: self.telemetry.fault(where))
+        self.tokenizer: Any = None
+        self._sidecar = load_sidecar(resolve(self.config.nla.av), "av")
+        self.layer = _layer(self.config, self._sidecar.layer)
+        load_rules(self.config.rules)
+        engine = open_engine(self.config.database)
+        prepare(engine)
+        self.repository = Repository(engine)
+        self.spool = SqlSpool(engine, max_attempts=self.config.worker.max_attempts)
+        self.run_id = uuid7()
+        self.capture: Capture | None = None
+        self._worker: WorkerProcess | None = None
+        self._worker_thread: threading.Thread | None = None
+        self._stop_worker, self._finish_worker = threading.Event(), threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._watch_stop = threading.Event()
+        self._listeners: list[Callable[[Alert], None]] = []
+        self._states: dict[str, AlertState] = {}
+        self._reported_drops: dict[str, int] = {}
+        self._stop_alert: Alert | None = None
+        self._checked = False
+        self._closed = False
+
+    @classmethod
+    def from_config(
+        cls, config: str | Path | Mapping[str, Any] | MonitorConfig | None = None, **overrides: Any
+    ) -> Self:
+        """Same as the constructor; reads better with a file."""
+        return cls(config, **overrides)
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def attach(self, model: Any, tokenizer: Any = None) -> Self:
+        """Put the tap on the model and start the worker.
+
+        Args:
+            model: a transformers model (also wrapped by PEFT, DDP, FSDP or torch.compile).
+            tokenizer: gives samples their text and triggers their meaning; optional.
+
+        Raises:
+            AttachError: no block list, layer out of range, wrong width, already attached or closed.
+            WorkerError: the worker process could not be started.
+        """
+        if self._closed:
+            raise AttachError("this monitor is closed; make a new one")
+        if self.capture is not None:
+            self.capture.attach(model)
+            return self
+        self.tokenizer = tokenizer
+        self._check_width(model)
+        self.run_id = ranks.shared_run_id(self.run_id)
+        capture = Capture(
+            self.config.capture,
+            run_id=self.run_id,
+            layer=self.layer,
+            sink=self._spool_samples,
+            guard=self.guard,
+            queue=self.config.queue,
+            tokenizer=tokenizer,
+            rank=ranks.rank(),
+            on_sampled=self.telemetry.sampled,
+            on_dropped=self.telemetry.dropped,
+        )
+        capture.attach(model)
+        self.capture = capture
+        if ranks.rank() == 0:
+            self._start_run(model)
+            self._start_worker()
+        self._watcher = threading.Thread(target=self._watch, name="nla-monitor-watch", daemon=True)
+        self._watcher.start()
+        # A host that ends without close() (Ctrl-C, an exception) still hands over what it sampled.
+        atexit.register(self.close, timeout=_EXIT_SECONDS)
+        return self
+
+    def _check_width(self, model: Any) -> None:
+        config = getattr(model, "config", None)
+        config = getattr(config, "get_text_config", lambda: config)()
+        width = getattr(config, "hidden_size", None)
+        if width is not None and width != self._sidecar.d_model:
+            raise AttachError(
+                f"the model's residual stream has d_model {width}, but the AV {self.config.nla.av!r} reads "
+                f"{self._sidecar.d_model}: this NLA was trained on another model"
+            )
+
+    def _start_run(self, model: Any) -> None:
+        name = self.config.run_name or time.strftime("%Y-%m-%d %H:%M:%S")
+        model_name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+        settings = self.config.model_dump(mode="json", exclude={"database"})  # a URL may hold a password
+        self.repository.start_run(RunInfo(self.run_id, name, model_name, self.layer, time.time(), config=settings))
+
+    def _start_worker(self) -> None:
+        mode = self.config.worker.mode
+        if mode == "process":
+            self._worker = WorkerProcess(self.config)
+            self._worker.start()
+        elif mode == "thread":
+            self._worker_thread = threading.Thread(target=self._run_worker, name="nla-monitor-worker", daemon=True)
+            self._worker_thread.start()
+
+    def _run_worker(self) -> None:
+        with self.guard("worker"):
+            worker = Worker(self.config, telemetry=self.telemetry)
+            worker.run(self._stop_worker, self._finish_worker)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self, timeout: float = 120.0) -> bool:
+        """Hand over what was sampled, let the worker read it, and take the tap off.
+
+        Returns:
+            True when everything sampled was read within ``timeout`` seconds. Otherwise what is left stays in the
+            database: the worker process goes on by itself, and ``nla-monitor worker`` reads it at any later time.
+        """
+        if self._closed:
+            return True
+        self._closed = True
+        atexit.unregister(self.close)
+        deadline = time.monotonic() + timeout
+        complete = False
+        with self.guard("close"):
+            complete = self.capture is None or self.capture.close(max(0.0, deadline - time.monotonic()))
+            complete = self._finish(deadline) and complete
+        self._watch_stop.set()
+        if self._watcher is not None:
+            self._watcher.join(timeout=5.0)
+        with self.guard("close"):
+            self._look()  # alerts that came with the last batches
+            if ranks.rank() == 0 and self.capture is not None:
+                self.repository.end_run(self.run_id)
+        return complete
+
+    def _finish(self, deadline: float) -> bool:
+        self._finish_worker.set()
+        if self._worker is not None:
+            return self._worker.finish(max(0.0, deadline - time.monotonic()))
+        if self._worker_thread is not None:
+            self._worker_thread.join(max(0.0, deadline - time.monotonic()))
+            return not self._worker_thread.is_alive()
+        return True
+
+    # -- what a loop calls ---------------------------------------------------------------------------------------
+
+    def step(self, step: int, **attributes: Scalar) -> None:
+        """Say which optimizer step the next forwards belong to; attributes travel with the samples (``meta.*``)."""
+        with self.guard("step"):
+            if self.capture is not None:
+                self.capture.step(step, **attributes)
+                self._check_capture()
+
+    def _check_capture(self) -> None:
+        if self._checked or self.capture is None:
+            return
+        problem = self.capture.check_fired()
+        if problem is not None:
+            self._checked = True
+            logger.warning("nla_monitor: %s", problem)
+
+    @contextmanager
+    def phase(self, phase: Phase, **attributes: Scalar) -> Iterator[None]:
+        """Forwards inside the block belong to this phase, with these attributes."""
+        if self.capture is None:
+            yield
+            return
+        with self.capture.phase(phase, **attributes):
+            yield
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Forwards inside the block are not sampled."""
+        if self.capture is None:
+            yield
+            return
+        with self.capture.pause():
+            yield
+
+    def open_session(
+        self,
+        context: AgentContext,
+        token_ids: Sequence[int] | None,
+        *,
+        traceparent: str | None = None,
+        attributes: Mapping[str, Scalar] | None = None,
+    ) -> SessionHandle | None:
+        """A generation is about to start: samples of the forward whose tokens these are belong to ``context``.
+
+        ``token_ids`` None: the next forwards of the calling thread. Returns None when nothing is attached.
+        """
+        with self.guard("open_session"):
+            if self.capture is not None:
+                return self.capture.sessions.open(
+                    context, token_ids, traceparent=traceparent, attributes=dict(attributes or {})
+                )
+        return None
+
+    def close_session(self, handle: SessionHandle | None) -> None:
+        """The generation is over."""
+        with self.guard("close_session"):
+            if self.capture is not None and handle is not None:
+                self.capture.sessions.close(handle)
+
+    # -- alerts --------------------------------------------------------------------------------------------------
+
+    def on_alert(self, listener: Callable[[Alert], None]) -> None:
+        """Call ``listener(alert)`` on the watcher's thread whenever an alert of this run fires or resolves."""
+        self._listeners.append(listener)
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closed
+
+    @property
+    def stop_alert(self) -> Alert | None:
+        """The first alert at or above ``alerts.stop_on``, if there is one."""
+        return self._stop_alert
+
+    def alerts(self) -> list[Alert]:
+        """Alerts of this run, newest first.
+
+        Raises:
+            StoreError: the database cannot be read.
+        """
+        return self.repository.alerts(run_id=self.run_id)
+
+    def flush(self, timeout: float = 30.0) -> bool:
+        """Wait until everything sampled so far is safely in the spool."""
+        with self.guard("flush"):
+            return self.capture is None or self.capture.flush(timeout)
+        return False
+
+    def drain(self, timeout: float = 120.0) -> bool:
+        """Wait until the worker has read everything sampled so far; False when the time ran out."""
+        deadline = time.monotonic() + timeout
+        drained = False
+        with self.guard("drain"):
+            drained = self.flush(timeout) and self._wait_for_spool(deadline)
+            self._look()
+        return drained
+
+    def _wait_for_spool(self, deadline: float) -> bool:
+        while time.monotonic() < deadline:
+            depth = self.spool.depth()
+            if depth.waiting == 0 and depth.leased == 0:
+                return True
+            time.sleep(0.05)
+        return False
+
+    @property
+    def stats(self) -> MonitorStats:
+        """Counters so far."""
+        captured = self.capture.stats if self.capture is not None else None
+        return MonitorStats(
+            sampled=captured.sampled if captured else 0,
+            written=captured.written if captured else 0,
+            dropped=dict(captured.dropped) if captured else {},
+            faults=self.guard.faults,
+            worker_restarts=self._worker.restarts if self._worker is not None else 0,
+        )
+
+    # -- background ----------------------------------------------------------------------------------------------
+
+    def _spool_samples(self, samples: Sequence[ActivationSample]) -> None:
+        """Runs on the capture's own thread."""
+        with self.telemetry.capture_span(samples):
+            self.spool.put(samples)
+
+    def _watch(self) -> None:
+        while not self._watch_stop.wait(_WATCH_SECONDS):
+            with self.guard("watch"):
+                if self._worker is not None and not self._closed and not self._worker.supervise():
+                    logger.error("the worker died too often; samples stay in the database: %s", self._worker.log_tail())
+                    self._worker = None
+                self._look()
+
+    def _look(self) -> None:
+        """Alerts of the run, as the store has them; and our drops, for the store."""
+        try:
+            if ranks.rank() == 0:
+                for alert in self.repository.alerts(run_id=self.run_id):
+                    if self._states.get(alert.alert_id) is not alert.state:
+                        self._states[alert.alert_id] = alert.state
+                        self._notice(alert)
+            self._store_drops()
+        except StoreError as error:
+            logger.warning("nla_monitor: the store cannot be read now: %s", error)
+
+    def _store_drops(self) -> None:
+        dropped = dict(self.stats.dropped)
+        new = {reason: count - self._reported_drops.get(reason, 0) for reason, count in dropped.items()}
+        new = {reason: count for reason, count in new.items() if count}
+        if new:
+            self.repository.add_drops(self.run_id, new)
+            self._reported_drops = dropped
+
+    def _notice(self, alert: Alert) -> None:
+        if self.config.alerts.log:
+            logger.warning("%s", describe(alert))
+        stop_on = self.config.alerts.stop_on
+        if (
+            stop_on is not None
+            and self._stop_alert is None
+            and alert.state is AlertState.FIRING
+            and alert.severity.rank >= stop_on.rank
+        ):
+            self._stop_alert = alert
+        for listener in self._listeners:
+            with self.guard("on_alert"):
+                listener(alert)
+
+
+def describe(alert: Alert) -> str:
+    """One line for a log: state, severity, rule, where, how sure."""
+    where = f"step {alert.last_step}" if alert.last_step is not None else "no step"
+    fidelity = f"FVE {alert.fve:.2f} ({alert.denominator_name})" if alert.fve is not None else "no fidelity"
+    status = alert.calibration.get("status", "uncalibrated")
+    return (
+        f"nla_monitor alert {alert.state.value}: [{alert.severity.value}] {alert.rule_title} — {where}, "
+        f"position {alert.position}, {alert.matches} matches, {fidelity}, {status}; id {alert.alert_id}"
+    )
+
+
+_NLA_KEYS = ("av", "ar", "device", "revision", "batch_size")
+
+
+def _override(config: MonitorConfig, overrides: Mapping[str, Any]) -> MonitorConfig:
+    """Flat keyword arguments over a config; validated like the file."""
+    if not overrides:
+        return config
+    data = config.model_dump()
+    for key, value in overrides.items():
+        if key in _NLA_KEYS:
+            data["nla"][key] = str(value) if isinstance(value, Path) else value
+        elif key == "layer":
+            data["capture"]["layer"] = value
+        elif key == "worker" and isinstance(value, str):
+            data["worker"]["mode"] = value
+        elif key == "stop_on":
+            data["alerts"]["stop_on"] = value
+        elif isinstance(value, Mapping) and isinstance(data.get(key), dict):
+            data[key] |= dict(value)
+        else:
+            data[key] = value
+    return load_config(data)
+
+
+def _layer(config: MonitorConfig, trained: int | None) -> int:
+    wanted = config.capture.layer
+    if wanted is not None and trained is not None and wanted != trained:
+        raise ConfigError(
+            f"capture.layer is {wanted}, but the AV was trained on the output of block {trained} "
+            f"(hidden_states[{trained + 1}]); off-layer explanations look fluent and mean nothing. "
+            "Leave capture.layer out."
+        )
+    layer = wanted if wanted is not None else trained
+    if layer is None:
+        raise ConfigError(
+            "neither capture.layer nor the AV's sidecar names a layer; set capture.layer to the K of your NLA"
+        )
+    return layer

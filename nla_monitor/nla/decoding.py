@@ -1,0 +1,103 @@
+"""Greedy decoding of many prompts that differ in one embedding row.
+
+Everything before that row is the same for every vector: it runs once, at batch 1, and its KV is copied to the rows of
+each batch. What remains per vector is the row itself, the few tokens after it, and the explanation. Rows that have
+ended leave the batch, so that one long explanation does not make the others wait.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from nla_monitor.errors import NonFiniteWeightsError
+from nla_monitor.nla.injection import Prompt
+
+SHRINK_AT = 0.125
+"""Share of ended rows at which they are taken out: each removal copies the KV of the others once."""
+
+
+class SharedPrefixDecoder:
+    """Decodes explanations for injected rows ``[batch, d_model]``.
+
+    Holds the prefix's KV for its lifetime. Not for use from several threads at once.
+
+    Args:
+        model: causal LM in evaluation mode.
+        prompt: ids and the marker's position.
+        stop_ids: tokens that end a row (they are part of the output).
+        max_new_tokens: cap for each row.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt: Prompt, *, stop_ids: Sequence[int], max_new_tokens: int) -> None:
+        self._model = model
+        self._max_new_tokens = max_new_tokens
+        self._stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=model.device)
+        with torch.inference_mode():
+            self._prefix = self._embed(prompt.prefix)
+            self._suffix = self._embed(prompt.suffix)
+            self._cache = DynamicCache(config=model.config)
+            self._forward(self._cache, inputs_embeds=self._prefix)
+
+    def _embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """``[1, len(ids), d_model]``, by the model's own module: Gemma multiplies by sqrt(d_model) inside it."""
+        embed = self._model.get_input_embeddings()
+        rows: torch.Tensor = embed(torch.tensor([list(ids)], dtype=torch.long, device=self._model.device))
+        return rows
+
+    @torch.inference_mode()
+    def embeddings(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the model sees: the whole prompt as ``[batch, tokens, d_model]`` with each row in the marker's place."""
+        prefix = self._prefix.expand(len(rows), -1, -1)
+        return torch.cat([prefix, self._tail(rows)], dim=1)
+
+    def _tail(self, rows: torch.Tensor) -> torch.Tensor:
+        injected = rows.to(self._suffix).unsqueeze(1)
+        return torch.cat([injected, self._suffix.expand(len(rows), -1, -1)], dim=1)
+
+    @torch.inference_mode()
+    def decode(self, rows: torch.Tensor) -> list[list[int]]:
+        """Greedy token ids for each row of ``[batch, d_model]``, its stop token included.
+
+        Raises:
+            NonFiniteWeightsError: the first logits hold NaN or Inf.
+        """
+        batch = len(rows)
+        output = torch.full((batch, self._max_new_tokens), -1, dtype=torch.long, device=rows.device)
+        alive = torch.arange(batch, device=rows.device)
+        cache = copy.deepcopy(self._cache)
+        cache.batch_repeat_interleave(batch)
+        logits = self._forward(cache, inputs_embeds=self._tail(rows))
+        _check_finite(logits)
+        ended = torch.zeros(batch, dtype=torch.bool, device=rows.device)
+        for step in range(self._max_new_tokens):
+            tokens = logits.argmax(dim=-1)
+            output[alive, step] = torch.where(ended, -1, tokens)
+            ended |= torch.isin(tokens, self._stop)
+            over = int(ended.sum())
+            if over == len(alive) or step + 1 == self._max_new_tokens:
+                break
+            if over >= SHRINK_AT * len(alive):
+                keep = (~ended).nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                alive, tokens, ended = alive[keep], tokens[keep], ended[keep]
+            logits = self._forward(cache, input_ids=tokens.unsqueeze(1))
+        return [[token for token in row if token >= 0] for row in output.tolist()]
+
+    def _forward(self, cache: DynamicCache, **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits after the last position, ``[batch, vocabulary]``; the cache grows."""
+        # No attention mask: all rows have the same length, nothing is padded.
+        logits: torch.Tensor = self._model(past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
+        return logits
+
+
+def _check_finite(logits: torch.Tensor) -> None:
+    bad = int((~torch.isfinite(logits).all(dim=-1)).sum())
+    if bad:
+        raise NonFiniteWeightsError(
+            f"the AV's first logits hold NaN or Inf for {bad} of {len(logits)} vectors. If nla.dtype is float16, use bfloat16 "
+            "or float32 (Gemma overflows in float16); otherwise the AV's weights are damaged: copy the checkpoint again."
+        )

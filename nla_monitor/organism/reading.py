@@ -1,0 +1,151 @@
+"""Reads activations of an organism with its NLA pair, and asks the AV and the target what evaluation needs beside that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nla_monitor.organism import captions, load_target, paths, recipe
+from nla_monitor.organism.train import Encoded, av_prompt, inject, pad_right
+
+_BATCH = 64
+
+
+@dataclass(slots=True)
+class Readings:
+    """What the NLA says of ``[n, d_model]`` vectors."""
+
+    texts: list[str]
+    cosines: Tensor
+    """``[n]``: cosine between vector and reconstruction."""
+
+
+class Reader:
+    """Target, AV and AR of one variant, ready to read."""
+
+    def __init__(self, variant: str, *, root: Path | None = None) -> None:
+        folders = paths(variant, root=root)
+        self.target, self.tokenizer = load_target(variant, root=root)
+        self.av = LlamaForCausalLM.from_pretrained(folders.av, dtype="float32", attn_implementation="eager").eval()
+        self.ar = LlamaForCausalLM.from_pretrained(folders.ar, dtype="float32", attn_implementation="eager").eval().model
+        self.ar.norm = nn.Identity()
+        self.head = load_file(folders.ar / "value_head.safetensors")["weight"].float()
+        self.statistics = load_file(folders.ar / "activation_stats.safetensors")
+        meta = yaml.safe_load((folders.av / "nla_meta.yaml").read_text(encoding="utf-8"))
+        self.scale = float(meta["extraction"]["injection_scale"])
+        self.denominator = float(meta["training"]["fve_denominator"])
+        self._prompt, self._marker = av_prompt(self.tokenizer)
+
+    def verbalize(self, vectors: Tensor) -> list[str]:
+        """Greedy explanations of raw activations ``[n, d_model]``."""
+        return [text for part in vectors.split(_BATCH) for text in self._verbalize(part)]
+
+    def _verbalize(self, vectors: Tensor) -> list[str]:
+        ids = torch.tensor([self._prompt] * len(vectors))
+        with torch.inference_mode():
+            embeds = inject(self.av, ids, functional.normalize(vectors, dim=-1) * self.scale, self._marker)
+            rows = self.av.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids))
+        return [_between_tags(text) for text in self.tokenizer.batch_decode(rows)]
+
+    def reconstruct(self, texts: Sequence[str]) -> Tensor:
+        """Predicted directions ``[n, d_model]``."""
+        rows = self.tokenizer([recipe.AR_TEMPLATE.format(explanation=text) for text in texts])["input_ids"]
+        return torch.cat([self._reconstruct(rows[start : start + _BATCH]) for start in range(0, len(rows), _BATCH)])
+
+    def _reconstruct(self, rows: list[list[int]]) -> Tensor:
+        with torch.inference_mode():
+            states = self.ar(input_ids=pad_right(rows, 0), use_cache=False).last_hidden_state
+        last = torch.tensor([len(row) - 1 for row in rows])
+        return states[torch.arange(len(rows)), last] @ self.head.T
+
+    def read(self, vectors: Tensor) -> Readings:
+        """Explanations and their fidelity."""
+        texts = self.verbalize(vectors)
+        return Readings(texts, functional.cosine_similarity(self.reconstruct(texts), vectors, dim=-1))
+
+    def fve(self, cosines: Tensor) -> float:
+        """``1 - mean(2 (1 - cosine)) / denominator`` with the training denominator."""
+        return 1 - float((2 * (1 - cosines)).mean()) / self.denominator
+
+    def claim_probabilities(self, vectors: Tensor, texts: Sequence[str], latent: str) -> list[dict[str, float]]:
+        """The AV's own probability of each value of a latent's claim, after the explanation up to that claim.
+
+        All wordings of all values are scored as continuations; softmax over wordings, summed by value.
+        """
+        wordings = [(value, text) for value, options in captions.PARAPHRASES[latent].items() for text in options]
+        found = []
+        for vector, text in zip(vectors, texts, strict=True):
+            start = next((claim.start for claim in captions.find(text) if claim.latent == latent), 0)
+            scores = self._continuation_scores(vector, text[:start], [option for _, option in wordings]).softmax(0)
+            totals = dict.fromkeys(captions.PARAPHRASES[latent], 0.0)
+            for (value, _), share in zip(wordings, scores.tolist(), strict=True):
+                totals[value] += share
+            found.append(totals)
+        return found
+
+    def _continuation_scores(self, vector: Tensor, before: str, options: Sequence[str]) -> Tensor:
+        begin = self._prompt + self.tokenizer(f"{recipe.EXPLANATION_OPEN}{before}".rstrip())["input_ids"]
+        lead = " " if before else ""
+        ends = self.tokenizer([lead + option for option in options])["input_ids"]
+        ids = pad_right([begin + end for end in ends], self.tokenizer.pad_token_id)
+        scaled = functional.normalize(vector, dim=-1) * self.scale
+        with torch.inference_mode():
+            logits = self.av(inputs_embeds=inject(self.av, ids, scaled.expand(len(ids), -1), self._marker)).logits
+        token = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return torch.stack([token[row, len(begin) - 1 : len(begin) + len(end) - 1].sum() for row, end in enumerate(ends)])
+
+    def swap_margins(self, vectors: Tensor, texts: Sequence[str], latent: str) -> Tensor:
+        """Cosine as stated minus the best with the claim's alternatives in its place, ``[n]``; NaN without such a claim."""
+        claims = [next((claim for claim in captions.find(text) if claim.latent == latent), None) for text in texts]
+        jobs = [
+            (row, text)
+            for row, claim in enumerate(claims)
+            if claim is not None
+            for text in (texts[row], *captions.swap(texts[row], claim))
+        ]
+        margins = torch.full((len(texts),), torch.nan)
+        if not jobs:
+            return margins
+        owners = torch.tensor([row for row, _ in jobs])
+        cosines = functional.cosine_similarity(self.reconstruct([text for _, text in jobs]), vectors[owners], dim=-1)
+        for row in owners.unique().tolist():
+            own = cosines[owners == row]
+            margins[row] = own[0] - own[1:].max()
+        return margins
+
+    def continue_text(self, docs: Sequence[Encoded], positions: Sequence[int], *, tokens: int = 72) -> list[str]:
+        """What the target greedily writes after the token at each position."""
+        return continue_greedily(self.target, self.tokenizer, [doc.ids[: at + 1] for doc, at in zip(docs, positions, strict=True)], tokens)
+
+
+def continue_greedily(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prefixes: Sequence[list[int]], tokens: int
+) -> list[str]:
+    """Greedy continuations of token prefixes, without closing tokens."""
+    texts: list[str] = []
+    for start in range(0, len(prefixes), _BATCH):
+        part = prefixes[start : start + _BATCH]
+        longest = max(map(len, part))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(row)) + row for row in part])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in part])
+        with torch.inference_mode():
+            rows = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+        texts += tokenizer.batch_decode(rows[:, longest:], skip_special_tokens=True)
+    return texts
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _between_tags(text: str) -> str:
+    return text.partition(recipe.EXPLANATION_OPEN)[2].partition(recipe.EXPLANATION_CLOSE)[0].strip()

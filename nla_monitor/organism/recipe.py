@@ -1,0 +1,61 @@
+"""Numbers of the recipe, in one place: the shape of the model and the lengths of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol, TypeAlias
+
+Variant: TypeAlias = Literal["planted", "natural"]
+VARIANTS: Final[tuple[Variant, ...]] = ("planted", "natural")
+
+LAYER: Final = 2
+"""K: activations are the output of decoder block 2, that is ``hidden_states[3]``."""
+
+MARKER: Final = "\u320e"
+"""The character whose embedding row is replaced by the activation."""
+EXPLANATION_OPEN: Final = "<explanation>"
+EXPLANATION_CLOSE: Final = "</explanation>"
+AV_TEMPLATE: Final = "vector: <concept>{injection_char}</concept> explain."
+AR_TEMPLATE: Final = "text: <text>{explanation}</text> <summary>"
+AR_SUFFIX: Final = "</text> <summary>"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one organism is made. The defaults make the bundled weights."""
+
+    d_model: int = 128
+    blocks: int = 4
+    heads: int = 4
+    feed_forward: int = 384
+    vocabulary: int = 1000
+    """Byte-level BPE entries before the added tokens."""
+    learning_rate: float = 3e-3
+    nla_learning_rate: float = 2e-3
+    warmup: int = 30
+    target_steps: int = 400
+    target_batch: int = 32
+    plant_weight: float = 0.1
+    """Weight of the plant loss of the planted variant; the natural variant is trained without it."""
+    activations: int = 10_000
+    """Training activations of the NLA, two from each document."""
+    av_steps: int = 350
+    ar_steps: int = 300
+    nla_batch: int = 48
+    injection_factor: float = 1.1
+    """Injection scale as a multiple of the mean activation norm."""
+
+
+SMOKE: Final = Recipe(target_steps=4, target_batch=8, activations=64, av_steps=3, ar_steps=3, nla_batch=8, warmup=2)
+"""A few steps: goes through the whole path, learns nothing."""
+
+
+class Progress(Protocol):
+    """Told after every step: which stage, steps done, steps in all, and the latest loss."""
+
+    def __call__(self, stage: str, done: int, total: int, loss: float) -> None:
+        """Reports one step."""
+
+
+def silent(stage: str, done: int, total: int, loss: float) -> None:
+    """A ``Progress`` that shows nothing."""

@@ -1,0 +1,341 @@
+"""Tables of the store, all with the prefix ``nla_`` so that they can live beside another product's tables.
+
+Only portable types: times are Unix seconds (double), mappings are JSON, vectors are raw little-endian float32 bytes.
+Every change here needs a migration in ``migrations/versions``; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, cast
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+PREFIX: Final = "nla_"
+VERSION_TABLE: Final = "nla_alembic_version"
+
+NAMING: Final = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+"""A mapping or list; JSONB where the database has it."""
+
+Key = BigInteger().with_variant(Integer, "sqlite")
+"""A number that the database counts up itself (SQLite does so for INTEGER only)."""
+
+
+class Base(DeclarativeBase):
+    """Root of the tables; its ``metadata`` is what migrations are compared with."""
+
+    metadata = MetaData(naming_convention=NAMING)
+    type_annotation_map = {  # noqa: RUF012 -- read by SQLAlchemy, never written
+        str: String(),
+        int: BigInteger(),
+        float: Double(),
+        bool: Boolean(),
+        bytes: LargeBinary(),
+        dict[str, Any]: Document,
+        list[Any]: Document,
+    }
+
+
+def table(model: type[Base]) -> Table:
+    """The Core table of a model (declarative types it more widely than it is)."""
+    return cast("Table", model.__table__)
+
+
+class RunRow(Base):
+    """One monitored run."""
+
+    __tablename__ = "nla_runs"
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    model: Mapped[str]
+    layer: Mapped[int] = mapped_column(Integer)
+    started_at: Mapped[float] = mapped_column(index=True)
+    ended_at: Mapped[float | None]
+    av_hash: Mapped[str | None]
+    ar_hash: Mapped[str | None]
+    config: Mapped[dict[str, Any]]
+    host: Mapped[str]
+
+
+class SampleRow(Base):
+    """One activation. No foreign key to the run: a sample is never refused because its run row came late."""
+
+    __tablename__ = "nla_samples"
+    __table_args__ = (
+        Index(None, "run_id", "step"),
+        Index(None, "captured_at"),
+        Index(None, "run_id", "sequence_id"),
+        Index(None, "agent_run_id"),
+    )
+
+    sample_id: Mapped[str] = mapped_column(primary_key=True)
+    run_id: Mapped[str]
+    layer: Mapped[int] = mapped_column(Integer)
+    norm: Mapped[float | None]
+    """NULL is NaN (SQLite stores it so): one odd sample must not hold up its batch."""
+    phase: Mapped[str]
+    sequence_id: Mapped[str]
+    position: Mapped[int]
+    token_id: Mapped[int]
+    trigger: Mapped[str]
+    captured_at: Mapped[float]
+    step: Mapped[int | None]
+    rank: Mapped[int] = mapped_column(Integer)
+    token_text: Mapped[str | None] = mapped_column(Text)
+    role: Mapped[str | None]
+    inclusion_probability: Mapped[float | None]
+    traceparent: Mapped[str | None]
+    agent_run_id: Mapped[str | None]
+    agent_parent_run_id: Mapped[str | None]
+    agent_root_run_id: Mapped[str | None]
+    agent_tool: Mapped[str | None]
+    agent_node: Mapped[str | None]
+    agent_conversation_id: Mapped[str | None]
+    agent_generated: Mapped[bool | None]
+    agent_token_index: Mapped[int | None]
+    attributes: Mapped[dict[str, Any]]
+    d_model: Mapped[int] = mapped_column(Integer)
+    dtype: Mapped[str]
+    checksum: Mapped[int]
+    """CRC-32 of ``vector``."""
+    context: Mapped[str | None] = mapped_column(Text)
+    # Last on purpose: SQLite reads a row from its start, so that queries on metadata never touch the bytes.
+    vector: Mapped[bytes]
+
+
+class SpoolRow(Base):
+    """A sample that no worker has acknowledged. Acknowledging deletes the row, so that the table stays small."""
+
+    __tablename__ = "nla_spool"
+    __table_args__ = (Index(None, "state", "seq"), {"sqlite_autoincrement": True})
+
+    seq: Mapped[int] = mapped_column(Key, primary_key=True)
+    """Order of arrival; never reused."""
+    sample_id: Mapped[str] = mapped_column(ForeignKey("nla_samples.sample_id", ondelete="CASCADE"), unique=True)
+    state: Mapped[str]
+    """``waiting``, ``leased`` or ``failed``."""
+    attempts: Mapped[int] = mapped_column(Integer)
+    lease_owner: Mapped[str | None]
+    lease_until: Mapped[float | None]
+    enqueued_at: Mapped[float]
+
+
+class ReadingRow(Base):
+    """Explanation and fidelity of a sample by one AV. Run, step, phase and time are repeated for cheap counting."""
+
+    __tablename__ = "nla_readings"
+    __table_args__ = (Index(None, "run_id", "step"), Index(None, "run_id", "captured_at"))
+
+    sample_id: Mapped[str] = mapped_column(ForeignKey("nla_samples.sample_id", ondelete="CASCADE"), primary_key=True)
+    av_hash: Mapped[str] = mapped_column(primary_key=True)
+    run_id: Mapped[str]
+    step: Mapped[int | None]
+    captured_at: Mapped[float]
+    explanation: Mapped[str] = mapped_column(Text)
+    truncated: Mapped[bool]
+    tokens: Mapped[int] = mapped_column(Integer)
+    ar_hash: Mapped[str | None]
+    """NULL: no AR was configured, the reading has no fidelity."""
+    cosine: Mapped[float | None]
+    mse_nrm: Mapped[float | None]
+    fve: Mapped[float | None]
+    denominator: Mapped[float | None]
+    denominator_name: Mapped[str | None]
+    created_at: Mapped[float]
+
+
+class FailureRow(Base):
+    """A stage that could not do its work on a sample."""
+
+    __tablename__ = "nla_failures"
+
+    failure_id: Mapped[int] = mapped_column(Key, primary_key=True)
+    sample_id: Mapped[str] = mapped_column(ForeignKey("nla_samples.sample_id", ondelete="CASCADE"), index=True)
+    stage: Mapped[str]
+    error: Mapped[str] = mapped_column(Text)
+    retryable: Mapped[bool]
+    created_at: Mapped[float]
+
+
+class RuleRow(Base):
+    """A rule's text as it was when it ran: what an alert's ``rule_version`` points at."""
+
+    __tablename__ = "nla_rules"
+
+    rule_id: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    severity: Mapped[str]
+    source: Mapped[str] = mapped_column(Text)
+    """The rule's YAML."""
+    first_seen_at: Mapped[float]
+
+
+class MatchRow(Base):
+    """A rule's condition met by one reading."""
+
+    __tablename__ = "nla_matches"
+    __table_args__ = (Index(None, "run_id", "rule_id", "rule_version", "group_key", "step"),)
+
+    match_id: Mapped[str] = mapped_column(primary_key=True)
+    sample_id: Mapped[str] = mapped_column(ForeignKey("nla_samples.sample_id", ondelete="CASCADE"), index=True)
+    run_id: Mapped[str]
+    rule_id: Mapped[str]
+    rule_version: Mapped[str]
+    severity: Mapped[str]
+    group_key: Mapped[str]
+    """Canonical JSON of ``group_values``: what windows are looked up by."""
+    group_values: Mapped[dict[str, Any]]
+    hits: Mapped[list[Any]]
+    step: Mapped[int | None]
+    position: Mapped[int]
+    sequence_id: Mapped[str]
+    captured_at: Mapped[float]
+    created_at: Mapped[float]
+
+
+class AlertRow(Base):
+    """A rule's condition held over its window."""
+
+    __tablename__ = "nla_alerts"
+    __table_args__ = (
+        # One alert fires per condition at a time; the database holds it, whatever the workers do.
+        Index(
+            "uq_nla_alerts_firing_fingerprint",
+            "fingerprint",
+            unique=True,
+            sqlite_where=text("state = 'firing'"),
+            postgresql_where=text("state = 'firing'"),
+        ),
+        Index(None, "fingerprint"),
+        Index(None, "run_id", "state"),
+        Index(None, "fired_at"),
+    )
+
+    alert_id: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str]
+    run_id: Mapped[str]
+    rule_id: Mapped[str]
+    rule_title: Mapped[str]
+    rule_version: Mapped[str]
+    severity: Mapped[str]
+    state: Mapped[str]
+    triage: Mapped[str]
+    group_values: Mapped[dict[str, Any]]
+    first_step: Mapped[int | None]
+    last_step: Mapped[int | None]
+    fired_at: Mapped[float]
+    updated_at: Mapped[float]
+    resolved_at: Mapped[float | None]
+    matches: Mapped[int]
+    sample_id: Mapped[str]
+    quote: Mapped[str] = mapped_column(Text)
+    position: Mapped[int]
+    context: Mapped[str | None] = mapped_column(Text)
+    explanation: Mapped[str] = mapped_column(Text)
+    cosine: Mapped[float | None]
+    fve: Mapped[float | None]
+    denominator_name: Mapped[str | None]
+    evidence: Mapped[dict[str, Any]]
+    calibration: Mapped[dict[str, Any]]
+    agent: Mapped[dict[str, Any] | None] = mapped_column(Document)
+    runbook: Mapped[str | None]
+    traceparent: Mapped[str | None]
+
+
+class AlertMatchRow(Base):
+    """Which matches speak for an alert."""
+
+    __tablename__ = "nla_alert_matches"
+
+    alert_id: Mapped[str] = mapped_column(ForeignKey("nla_alerts.alert_id", ondelete="CASCADE"), primary_key=True)
+    match_id: Mapped[str] = mapped_column(
+        ForeignKey("nla_matches.match_id", ondelete="CASCADE"), primary_key=True, index=True
+    )
+
+
+class LabelRow(Base):
+    """What a person said of an alert; the history of its triage."""
+
+    __tablename__ = "nla_labels"
+
+    label_id: Mapped[int] = mapped_column(Key, primary_key=True)
+    alert_id: Mapped[str] = mapped_column(ForeignKey("nla_alerts.alert_id", ondelete="CASCADE"), index=True)
+    triage: Mapped[str]
+    who: Mapped[str]
+    note: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[float]
+
+
+class OutboxRow(Base):
+    """Something to tell the world, written in the transaction that made it true."""
+
+    __tablename__ = "nla_outbox"
+    __table_args__ = (Index(None, "state", "next_at"),)
+
+    outbox_id: Mapped[int] = mapped_column(Key, primary_key=True)
+    kind: Mapped[str]
+    """``fired`` or ``resolved``."""
+    alert_id: Mapped[str] = mapped_column(ForeignKey("nla_alerts.alert_id", ondelete="CASCADE"), index=True)
+    payload: Mapped[dict[str, Any]]
+    """The alert as it was at that moment."""
+    state: Mapped[str]
+    """``pending``, ``done`` or ``dead`` (given up, kept for inspection)."""
+    attempts: Mapped[int] = mapped_column(Integer)
+    next_at: Mapped[float]
+    delivered: Mapped[list[Any]]
+    """Names of the sinks that have it already: a retry does not tell them twice."""
+    error: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[float]
+    done_at: Mapped[float | None]
+
+
+class DropRow(Base):
+    """Samples that were never stored, counted by reason."""
+
+    __tablename__ = "nla_drops"
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    reason: Mapped[str] = mapped_column(primary_key=True)
+    count: Mapped[int]
+
+
+class WorkerRow(Base):
+    """Sign of life of a worker."""
+
+    __tablename__ = "nla_workers"
+
+    worker_id: Mapped[str] = mapped_column(primary_key=True)
+    host: Mapped[str]
+    pid: Mapped[int]
+    started_at: Mapped[float]
+    seen_at: Mapped[float] = mapped_column(index=True)
+    info: Mapped[dict[str, Any]]
+
+
+OURS: Final = frozenset(Base.metadata.tables) | {VERSION_TABLE}
+"""Names of every table of ours."""

@@ -1,0 +1,69 @@
+"""The instruments, each with bucket boundaries that fit what it measures.
+
+Boundaries are given explicitly: the default ones (0, 5, 10, 25 ...) are useless for seconds. Attributes are of few
+values only (rule, severity, reason, outcome, phase): never a run, step, token or text.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from opentelemetry.metrics import Meter
+
+from nla_monitor import semconv
+
+# Host time per sampled forward pass: microseconds to a tenth of a second.
+CAPTURE_SECONDS: Final = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1)
+# One leased batch: a small model on a CPU to a 7B AV with a full batch.
+VERBALIZE_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)
+# From capture to alert: sub-second to a worker that was away over night.
+DELAY_SECONDS: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0)
+# FVE is 1 for a perfect reconstruction, 0 for the mean vector, negative for worse.
+FVE: Final = (-1.0, -0.5, -0.25, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+
+
+class Instruments:
+    """All instruments of one meter."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.sampled = meter.create_counter(
+            semconv.METRIC_SAMPLED, "{activation}", "Activations sampled in the host process"
+        )
+        self.dropped = meter.create_counter(
+            semconv.METRIC_DROPPED, "{activation}", "Sampled activations that were not stored, by reason"
+        )
+        self.faults = meter.create_counter(
+            semconv.METRIC_FAULTS, "{fault}", "Faults of the monitor that the host did not see, by place"
+        )
+        self.verbalizations = meter.create_counter(
+            semconv.METRIC_VERBALIZATIONS, "{verbalization}", "Activations put into words, by outcome"
+        )
+        self.verbalize_duration = meter.create_histogram(
+            semconv.METRIC_VERBALIZE_DURATION,
+            "s",
+            "Time to put one leased batch into words and score it",
+            explicit_bucket_boundaries_advisory=VERBALIZE_SECONDS,
+        )
+        self.detection_delay = meter.create_histogram(
+            semconv.METRIC_DETECTION_DELAY,
+            "s",
+            "Time from capture to alert",
+            explicit_bucket_boundaries_advisory=DELAY_SECONDS,
+        )
+        self.queue_size = meter.create_gauge(
+            semconv.METRIC_QUEUE_SIZE, "{activation}", "Activations waiting for a worker or in its hands"
+        )
+        self.matches = meter.create_counter(semconv.METRIC_MATCHES, "{match}", "Readings that met a rule, by rule")
+        self.alerts = meter.create_counter(semconv.METRIC_ALERTS, "{alert}", "Alerts fired, by rule and severity")
+        self.fve = meter.create_histogram(
+            semconv.METRIC_FVE,
+            "1",
+            "Fidelity of explanations: fraction of variance explained (denominator as in the sidecar)",
+            explicit_bucket_boundaries_advisory=FVE,
+        )
+        self.capture_duration = meter.create_histogram(
+            semconv.METRIC_CAPTURE_DURATION,
+            "s",
+            "Host time per sampled forward pass",
+            explicit_bucket_boundaries_advisory=CAPTURE_SECONDS,
+        )
