@@ -1,4 +1,4 @@
-"""Where a checkpoint is and what exactly it is: folder or hub id to a local folder, and its content hash. No torch here."""
+"""Where a checkpoint is (folder or hub id) and what exactly it is (content hash). No torch here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HASHES_LOCK = threading.Lock()
 def resolve_checkpoint(
     path: str | Path, *, revision: str | None = None, patterns: Sequence[str] = CHECKPOINT_FILES
 ) -> Path:
-    """The local folder of a checkpoint; a hub id ``owner/name[/folder]`` is downloaded at ``revision`` (or found in the cache).
+    """The local folder of a checkpoint; a hub id ``owner/name[/folder]`` is fetched at ``revision``.
 
     Raises:
         CheckpointError: no such folder, no such repository or revision, or the hub cannot be reached.
@@ -38,7 +38,8 @@ def resolve_checkpoint(
     match = _HUB_ID.fullmatch(str(path))
     if local.exists() or match is None:
         raise CheckpointError(
-            f"checkpoint {str(path)!r} is neither an existing folder nor a hub id 'owner/name'. Correct the path in the config."
+            f"checkpoint {str(path)!r} is neither an existing folder nor a hub id 'owner/name'. Correct the path in "
+            "the config."
         )
     folder = match["folder"] or ""
     return _download(match["repo"], folder, revision, patterns)
@@ -56,13 +57,17 @@ def _download(repo: str, folder: str, revision: str | None, patterns: Sequence[s
             )
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise CheckpointError(
-            f"checkpoint {repo!r} (revision {revision or 'main'}) cannot be fetched from the hub: {_first_line(error)}. "
-            "If it is a local folder, the path does not exist from here. If it is a hub id, check its spelling, the revision "
+            f"checkpoint {repo!r} (revision {revision or 'main'}) cannot be fetched from the hub: "
+            f"{_first_line(error)}. "
+            "If it is a local folder, the path does not exist from here. If it is a hub id, check its spelling, the "
+            "revision "
             "and your access; without a network, download it beforehand and give the folder."
         ) from error
     local = Path(root) / folder
     if not local.is_dir():
-        raise CheckpointError(f"hub repository {repo!r} has no folder {folder!r} at revision {revision or 'main'}. Correct it.")
+        raise CheckpointError(
+            f"hub repository {repo!r} has no folder {folder!r} at revision {revision or 'main'}. Correct it."
+        )
     return local
 
 
@@ -73,7 +78,7 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def quiet_hub() -> Iterator[None]:
     """No download progress bars while the block runs; the caller's setting is put back."""
-    from huggingface_hub.utils import (  # noqa: PLC0415 - only hub ids need it
+    from huggingface_hub.utils.tqdm import (  # noqa: PLC0415 - only hub ids need it
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,

@@ -90,7 +90,9 @@ class SharedPrefixDecoder:
     def _forward(self, cache: DynamicCache, **inputs: torch.Tensor) -> torch.Tensor:
         """Logits after the last position, ``[batch, vocabulary]``; the cache grows."""
         # No attention mask: all rows have the same length, nothing is padded.
-        logits: torch.Tensor = self._model(past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
+        logits: torch.Tensor = self._model(past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits[
+            :, -1
+        ]
         return logits
 
 
@@ -98,6 +100,8 @@ def _check_finite(logits: torch.Tensor) -> None:
     bad = int((~torch.isfinite(logits).all(dim=-1)).sum())
     if bad:
         raise NonFiniteWeightsError(
-            f"the AV's first logits hold NaN or Inf for {bad} of {len(logits)} vectors. If nla.dtype is float16, use bfloat16 "
-            "or float32 (Gemma overflows in float16); otherwise the AV's weights are damaged: copy the checkpoint again."
+            f"the AV's first logits hold NaN or Inf for {bad} of {len(logits)} vectors. If nla.dtype is float16, use "
+            "bfloat16 "
+            "or float32 (Gemma overflows in float16); otherwise the AV's weights are damaged: copy the checkpoint "
+            "again."
         )

@@ -27,7 +27,7 @@ Published beside the checkpoints, not in their sidecars."""
 
 
 def denominator_of(sidecar: Sidecar) -> Denominator | None:
-    """The denominator in the AR's sidecar (``training.fve_denominator``), else that of a released checkpoint, else None."""
+    """The denominator in the AR's sidecar, else that of a released checkpoint, else None."""
     own = sidecar.fve_denominator()
     if own is not None or sidecar.base_checkpoint is None or sidecar.layer is None:
         return own
@@ -41,7 +41,8 @@ def cosines(vectors: npt.NDArray[Any], predictions: npt.NDArray[Any]) -> npt.NDA
     left, right = vectors.astype(np.float64), predictions.astype(np.float64)
     norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
     dots = np.einsum("ij,ij->i", left, right)
-    return np.clip(np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0), -1.0, 1.0)
+    ratios: npt.NDArray[np.float64] = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+    return ratios.clip(-1.0, 1.0)
 
 
 def score_of(cosine: float, denominator: Denominator | None) -> Score:

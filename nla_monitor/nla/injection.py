@@ -59,21 +59,26 @@ def check_vectors(vectors: npt.ArrayLike, d_model: int) -> npt.NDArray[np.float3
     """
     array = np.asarray(vectors)
     if array.ndim != 2:
-        raise ActivationError(f"vectors must be [batch, {d_model}], found shape {array.shape}. Stack rows: vector[None, :].")
+        raise ActivationError(
+            f"vectors must be [batch, {d_model}], found shape {array.shape}. Stack rows: vector[None, :]."
+        )
     bad = bad_rows(array, d_model)
     if bad:
         index, reason = next(iter(bad.items()))
         others = f" ({len(bad)} of {len(array)} rows are unusable)" if len(bad) > 1 else ""
-        raise ActivationError(f"row {index}: {reason}{others}. bad_rows() lists all of them, so that the rest can go on.")
+        raise ActivationError(
+            f"row {index}: {reason}{others}. bad_rows() lists all of them, so that the rest can go on."
+        )
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
 def rescale(vectors: npt.NDArray[np.float32], scale: float | None) -> npt.NDArray[np.float32]:
-    """``v * scale / |v|`` row by row in float32, ``[batch, d_model]``; unchanged when ``scale`` is None (raw injection)."""
+    """``v * scale / |v|`` row by row in float32, ``[batch, d_model]``; unchanged when ``scale`` is None (``raw``)."""
     if scale is None:
         return vectors
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return (vectors / norms * np.float32(scale)).astype(np.float32, copy=False)
+    scaled: npt.NDArray[np.float32] = (vectors * np.float32(scale) / norms).astype(np.float32, copy=False)
+    return scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,8 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, contract: VerbalizerContrac
     """
     if not tokenizer.chat_template:
         raise TokenizerContractError(
-            "the AV's tokenizer has no chat template, and its prompt is a user message. Copy chat_template.jinja (or the "
+            "the AV's tokenizer has no chat template, and its prompt is a user message. Copy chat_template.jinja (or "
+            "the "
             "tokenizer_config.json that holds it) from the release."
         )
     messages = [{"role": "user", "content": contract.template.replace(MARKER_PLACEHOLDER, contract.marker)}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from nla_monitor.config import NLAConfig
 from nla_monitor.errors import CheckpointError, ConfigError
 
 EAGER_BELOW = 1024
-"""Hidden size under which plain attention beats the fused one on CPU (measured: small kernels, dominated by dispatch)."""
+"""Hidden size under which plain attention beats the fused one on CPU (measured: dispatch dominates small kernels)."""
 
 _UNUSED_WEIGHTS = ("norm.weight", "ln_f.weight", "ln_f.bias", "layer_norm.weight", "layer_norm.bias", "lm_head.weight")
 
@@ -39,7 +40,9 @@ def pick_device(config: NLAConfig) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"nla.device = {config.device!r} cannot be used: {reason}. Use 'cpu', or a device that exists.") from error
+        raise ConfigError(
+            f"nla.device = {config.device!r} cannot be used: {reason}. Use 'cpu', or a device that exists."
+        ) from error
     return device
 
 
@@ -101,7 +104,8 @@ def _load(factory: Any, folder: Path, config: NLAConfig, *, unused: Sequence[str
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CheckpointError(
-            f"{folder}: weights are missing: {shown}. They would be random: copy the safetensors files again, or correct "
+            f"{folder}: weights are missing: {shown}. They would be random: copy the safetensors files again, or "
+            "correct "
             "num_hidden_layers in config.json."
         )
     loaded: PreTrainedModel = model.eval().requires_grad_(requires_grad=False).to(device)
@@ -118,11 +122,22 @@ def checkpoint_errors(folder: Path, what: str) -> Iterator[None]:
     """Turns what the loading libraries raise into ``CheckpointError`` with a remedy."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ImportError,
+        AttributeError,
+        TypeError,
+        SafetensorError,
+    ) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise CheckpointError(
-            f"the {what} in {folder} cannot be loaded: {reason}. A checkpoint holds config.json, safetensors weights and "
-            "tokenizer files of one release, of an architecture that this version of transformers knows (remote code and "
+            f"the {what} in {folder} cannot be loaded: {reason}. A checkpoint holds config.json, safetensors weights "
+            "and "
+            "tokenizer files of one release, of an architecture that this version of transformers knows (remote code "
+            "and "
             "pickled weights are refused)."
         ) from error
 
@@ -131,14 +146,14 @@ def checkpoint_errors(folder: Path, what: str) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """No progress bars or notes of transformers while the block runs; the host's settings are put back."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own gap
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # the same
 
 
 def decoder_of(model: torch.nn.Module) -> torch.nn.Module:
@@ -163,5 +178,16 @@ def drop_final_norm(model: torch.nn.Module) -> str:
             return name
     raise CheckpointError(
         f"{type(decoder).__name__} has no final norm under a known name, and an AR must not apply it. "
-        "Supported: architectures whose norm after the blocks is called norm, ln_f, final_layer_norm or final_layernorm."
+        "Supported: architectures whose norm after the blocks is called norm, ln_f, final_layer_norm or "
+        "final_layernorm."
     )
+
+
+def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
+    """The input embedding's table, ``[vocabulary, d_model]``."""
+    weight = model.get_input_embeddings().weight
+    if not isinstance(weight, torch.Tensor):
+        raise CheckpointError(
+            f"{type(model).__name__} has no embedding table; NLA checkpoints are text models with one."
+        )
+    return weight

@@ -59,7 +59,9 @@ def load_value_head(folder: Path, d_model: int) -> torch.Tensor:
             f"{file} cannot be read: {error}. An AR is released with this file beside its blocks; copy it there."
         ) from error
     if "weight" not in tensors:
-        raise CheckpointError(f"{file}: expected the key 'weight', found {sorted(tensors)}. Take the file from the release.")
+        raise CheckpointError(
+            f"{file}: expected the key 'weight', found {sorted(tensors)}. Take the file from the release."
+        )
     weight = tensors["weight"].float()
     if weight.shape != (d_model, d_model):
         raise CheckpointError(
@@ -69,7 +71,8 @@ def load_value_head(folder: Path, d_model: int) -> torch.Tensor:
     sound = (torch.isfinite(weight) & (weight.abs() < ABSURD_WEIGHT)).all(dim=1)
     if not bool(sound.all()):
         raise NonFiniteWeightsError(
-            f"{file}: {int((~sound).sum())} of {d_model} rows hold NaN, Inf or values beyond {ABSURD_WEIGHT:g}. The export is "
+            f"{file}: {int((~sound).sum())} of {d_model} rows hold NaN, Inf or values beyond {ABSURD_WEIGHT:g}. The "
+            "export is "
             "damaged and every score would be noise: use another export of this AR (its SFT stage, say)."
         )
     return weight
@@ -87,8 +90,10 @@ def check_suffix(tokenizer: PreTrainedTokenizerBase, contract: ReconstructorCont
         found = tuple(ids[-len(expected) :])
         if found != expected:
             raise TokenizerContractError(
-                f"the AR prompt for {probe!r} must end in tokens.critic_suffix_ids {list(expected)} (first one left out), "
-                f"found {list(found)}. Tokenizer or template changed after training (an EOS appended by the tokenizer does "
+                f"the AR prompt for {probe!r} must end in tokens.critic_suffix_ids {list(expected)} (first one left "
+                "out), "
+                f"found {list(found)}. Tokenizer or template changed after training (an EOS appended by the tokenizer "
+                "does "
                 "this too): take both from the release."
             )
 
@@ -100,7 +105,7 @@ def suffix_tail(contract: ReconstructorContract) -> tuple[int, ...]:
 
 
 class TransformersReconstructor:
-    """Vectors from explanations, and scores; made by ``load_reconstructor``. Not for use from several threads at once."""
+    """Vectors from explanations, and scores; made by ``load_reconstructor``. Not for several threads at once."""
 
     def __init__(
         self,
@@ -122,7 +127,9 @@ class TransformersReconstructor:
         self.tokenizer = tokenizer
         self.batch_size = config.batch_size
         self.head = head.to(model.device)
-        self.max_tokens = min(int(getattr(model.config.get_text_config(), "max_position_embeddings", LONGEST_INPUT)), LONGEST_INPUT)
+        self.max_tokens = min(
+            int(getattr(model.config.get_text_config(), "max_position_embeddings", LONGEST_INPUT)), LONGEST_INPUT
+        )
         drop_final_norm(model)
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -148,7 +155,8 @@ class TransformersReconstructor:
         bad = int((~np.isfinite(result).all(axis=1)).sum())
         if bad:
             raise NonFiniteWeightsError(
-                f"the AR's vectors hold NaN or Inf for {bad} of {len(texts)} texts. If nla.dtype is float16, use bfloat16 or "
+                f"the AR's vectors hold NaN or Inf for {bad} of {len(texts)} texts. If nla.dtype is float16, use "
+                "bfloat16 or "
                 "float32; otherwise its weights are damaged: copy the checkpoint again."
             )
         return result

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+)
 
 from nla_monitor.errors import CheckpointError, SidecarError
 from nla_monitor.nla.checkpoint import CONFIG_NAME, METADATA_FILES, SIDECAR_NAME, resolve_checkpoint
@@ -44,7 +54,7 @@ class Extraction(_Part):
     injection_scale: StrictFloat | StrictInt | StrictStr | None = None
     """L2 norm at which the AV was trained: a number, ``sqrt_d_model``, or ``raw`` / ``none`` (not rescaled)."""
     mse_scale: StrictFloat | StrictInt | StrictStr | None = None
-    """Norm to which the AR's training loss scaled both sides. Scores are cosines, so it cancels; kept for the record."""
+    """Norm to which the AR's loss scaled both sides. Scores are cosines, so it cancels; kept for the record."""
     layer_index: StrictInt | None = Field(None, validation_alias=AliasChoices("layer_index", "extraction_layer_index"))
 
 
@@ -110,10 +120,10 @@ class Sidecar(BaseModel):
     stage: StrictStr | None = None
     base_checkpoint: StrictStr | None = None
     extraction_layer_index: StrictInt | None = Field(None, ge=0)
-    extraction: Extraction = Field(default_factory=lambda: Extraction())
-    tokens: Tokens = Field(default_factory=lambda: Tokens())
-    prompt_templates: Templates = Field(default_factory=lambda: Templates())
-    depth: Depth = Field(default_factory=lambda: Depth(), validation_alias=AliasChoices("critic", "ar"))
+    extraction: Extraction = Field(default_factory=Extraction)
+    tokens: Tokens = Field(default_factory=Tokens)
+    prompt_templates: Templates = Field(default_factory=Templates)
+    depth: Depth = Field(default_factory=Depth, validation_alias=AliasChoices("critic", "ar"))
     training: Mapping[str, Any] = Field(default_factory=dict)
     source: Path = Field(Path(SIDECAR_NAME), exclude=True)
     """The file itself, for messages."""
@@ -159,7 +169,9 @@ class Sidecar(BaseModel):
         marker = self._required("tokens.injection_char", tokens.injection_char)
         if template.count(MARKER_PLACEHOLDER) + template.count(marker) != 1:
             wanted = f"the placeholder {MARKER_PLACEHOLDER} exactly once"
-            raise self.mismatch("prompt_templates.av", wanted, template, "Restore the template that the AV was trained with.")
+            raise self.mismatch(
+                "prompt_templates.av", wanted, template, "Restore the template that the AV was trained with."
+            )
         return VerbalizerContract(
             marker=marker,
             marker_id=self._required("tokens.injection_token_id", tokens.injection_token_id),
@@ -178,23 +190,30 @@ class Sidecar(BaseModel):
         template = self._required("prompt_templates.ar", self.prompt_templates.ar)
         if template.count(TEXT_PLACEHOLDER) != 1:
             wanted = f"the placeholder {TEXT_PLACEHOLDER} exactly once"
-            raise self.mismatch("prompt_templates.ar", wanted, template, "Restore the template that the AR was trained with.")
+            raise self.mismatch(
+                "prompt_templates.ar", wanted, template, "Restore the template that the AR was trained with."
+            )
         return ReconstructorContract(template, self.tokens.critic_suffix_ids)
 
     def fve_denominator(self) -> Denominator | None:
-        """The denominator recorded under ``training.fve_denominator: {name, value}``, if there is one.
+        """The denominator recorded under ``training``, if there is one.
+
+        Written as ``fve_denominator: <number>`` with ``fve_denominator_name: <reference set>``, or as one map
+        ``fve_denominator: {name, value}``.
 
         Raises:
-            SidecarError: it is there but is no positive number with a name.
+            SidecarError: it is there but is no positive number.
         """
         entry = self.training.get("fve_denominator")
         if entry is None:
             return None
-        name = entry.get("name", "training") if isinstance(entry, Mapping) else "training"
-        value = entry.get("value") if isinstance(entry, Mapping) else entry
+        parts = (
+            entry if isinstance(entry, Mapping) else {"value": entry, "name": self.training.get("fve_denominator_name")}
+        )
+        name, value = parts.get("name") or "training", parts.get("value")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            expected = "{name: <reference set>, value: <positive number>}"
-            raise self.mismatch("training.fve_denominator", expected, entry, "Correct it, or remove it: FVE is then left out.")
+            remedy = "Correct it, or remove it: FVE is then left out."
+            raise self.mismatch("training.fve_denominator", "a positive number", entry, remedy)
         return Denominator(str(name), float(value))
 
     def _required(self, field: str, value: Any) -> Any:
@@ -209,7 +228,8 @@ class Sidecar(BaseModel):
         field, value = "extraction.injection_scale", self.extraction.injection_scale
         if value is None:
             raise SidecarError(
-                f"{self.source}: {field} is missing. It is the norm at which the AV was trained to see vectors; any other "
+                f"{self.source}: {field} is missing. It is the norm at which the AV was trained to see vectors; any "
+                "other "
                 "gives fluent nonsense, so no default is taken. Write the trained value there: a number, "
                 f"'{SQRT_D}' if training used sqrt(d_model), or 'raw' if vectors were not rescaled."
             )
@@ -222,7 +242,9 @@ class Sidecar(BaseModel):
         except ValueError:
             scale = math.nan
         if not 0 < scale < math.inf:
-            raise self.mismatch(field, f"a positive number, '{SQRT_D}' or 'raw'", value, "Write the norm used in training.")
+            raise self.mismatch(
+                field, f"a positive number, '{SQRT_D}' or 'raw'", value, "Write the norm used in training."
+            )
         return scale
 
 
@@ -256,7 +278,9 @@ def parse_sidecar(data: Mapping[str, Any], source: Path = Path(SIDECAR_NAME)) ->
         SidecarError: a field is missing or of the wrong type; each is named with what was expected and found.
     """
     if data.get("kind") == "nla_dataset":
-        raise SidecarError(f"{source} describes a dataset (kind nla_dataset), not a model. Point to the AV or AR checkpoint.")
+        raise SidecarError(
+            f"{source} describes a dataset (kind nla_dataset), not a model. Point to the AV or AR checkpoint."
+        )
     try:
         return Sidecar.model_validate({**data, "source": source})
     except ValidationError as error:
@@ -299,7 +323,9 @@ def _check_identity(sidecar: Sidecar, wanted: Role) -> None:
         expected = f"at most {NEWEST_SCHEMA}"
         raise sidecar.mismatch("schema_version", expected, sidecar.schema_version, "Upgrade nla-monitor to read it.")
     if sidecar.role is not wanted:
-        remedy = f"This is an {sidecar.role.value.upper()}: exchange nla.av and nla.ar in the config, or correct the path."
+        remedy = (
+            f"This is an {sidecar.role.value.upper()}: exchange nla.av and nla.ar in the config, or correct the path."
+        )
         raise sidecar.mismatch("role", repr(wanted.value), sidecar.role.value, remedy)
 
 
@@ -333,11 +359,15 @@ def read_model_config(folder: Path) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}. Copy it again from the release.") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{file} must hold an object, found {type(data).__name__}. Copy it again from the release.")
+        raise CheckpointError(
+            f"{file} must hold an object, found {type(data).__name__}. Copy it again from the release."
+        )
     inner = data.get("text_config")
     return inner if isinstance(inner, dict) else data
 
 
 def config_width(config: Mapping[str, Any]) -> int | None:
     """Width of the residual stream named by a ``config.json``; None when it names none."""
-    return next((int(config[key]) for key in ("hidden_size", "n_embd", "d_model") if isinstance(config.get(key), int)), None)
+    return next(
+        (int(config[key]) for key in ("hidden_size", "n_embd", "d_model") if isinstance(config.get(key), int)), None
+    )

@@ -17,7 +17,7 @@ from nla_monitor.nla.base import Verbalization
 from nla_monitor.nla.checkpoint import content_hash, resolve_checkpoint
 from nla_monitor.nla.decoding import SharedPrefixDecoder
 from nla_monitor.nla.injection import Prompt, build_prompt, check_vectors, rescale
-from nla_monitor.nla.loading import load_causal_lm, load_tokenizer
+from nla_monitor.nla.loading import embedding_weight, load_causal_lm, load_tokenizer
 from nla_monitor.nla.sidecar import Role, Sidecar, load_sidecar
 
 OPEN_TAG = "<explanation>"
@@ -84,7 +84,9 @@ class TransformersVerbalizer:
     def generate(self, vectors: npt.NDArray[np.float32]) -> list[list[int]]:
         """Greedy token ids for each of ``[batch, d_model]``, the stop token included. Raises as ``verbalize``."""
         rows = self._rows(vectors)
-        return list(itertools.chain.from_iterable(self._decoder.decode(chunk) for chunk in rows.split(self.batch_size)))
+        return list(
+            itertools.chain.from_iterable(self._decoder.decode(chunk) for chunk in torch.split(rows, self.batch_size))
+        )
 
     def prompt_embeddings(self, vectors: npt.NDArray[np.float32]) -> torch.Tensor:
         """What the model reads for each vector, ``[batch, tokens, d_model]``: the prompt with its injected row.
@@ -123,7 +125,11 @@ def parse_explanation(raw: str) -> tuple[str, bool]:
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Every end token that config or tokenizer name (Gemma has two), and the closing tag where it is one token."""
     generation = getattr(model, "generation_config", None)
-    named = (getattr(generation, "eos_token_id", None), model.config.get_text_config().eos_token_id, tokenizer.eos_token_id)
+    named = (
+        getattr(generation, "eos_token_id", None),
+        model.config.get_text_config().eos_token_id,
+        tokenizer.eos_token_id,
+    )
     return set().union(*(_ids(value) for value in named), _closing_ids(tokenizer))
 
 
@@ -139,9 +145,10 @@ def _ids(value: object) -> set[int]:
 
 
 def _check_vocabulary(ids: Sequence[int], model: PreTrainedModel) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = len(embedding_weight(model))
     if max(ids) >= rows:
         raise TokenizerContractError(
-            f"the AV's tokenizer makes id {max(ids)} but the model embeds only {rows} tokens. They are not of one release: "
+            f"the AV's tokenizer makes id {max(ids)} but the model embeds only {rows} tokens. They are not of one "
+            "release: "
             "take tokenizer and weights from the same folder."
         )

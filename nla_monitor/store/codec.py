@@ -8,7 +8,7 @@ import math
 import re
 import zlib
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from nla_monitor.records import (
     TriageState,
 )
 
-Row = Mapping[str, Any]
+Row: TypeAlias = Mapping[Any, Any]
 """A database row by column name."""
 
 DTYPE: Final = "float32"

@@ -75,7 +75,7 @@ def prepare(engine: Engine) -> None:
 
     Raises:
         SchemaVersionError: the schema is newer, or a server's database needs ``nla-monitor db upgrade``.
-        ForeignDatabaseError: the SQLite file belongs to something else (``db upgrade`` puts our tables beside, if meant).
+        ForeignDatabaseError: the SQLite file belongs to something else (``db upgrade`` adds our tables).
         StoreUnavailableError: it can't be read or written.
     """
     status = check(engine)
@@ -144,7 +144,7 @@ def _verify_references(connection: Connection) -> None:
     broken = [row for row in connection.exec_driver_sql("PRAGMA foreign_key_check").all() if row[0] in OURS]
     if broken:
         raise StoreError(
-            f"the migration left {len(broken)} rows without what they refer to (first: {broken[0]}); nothing was changed"
+            f"the migration left {len(broken)} rows without what they refer to (first: {broken[0]}); it was undone"
         )
 
 

@@ -1,4 +1,4 @@
-"""nla_monitor for LangChain and LangGraph: activations of an agent's model, tied to the run, tool and token they belong to.
+"""nla_monitor for LangChain and LangGraph: an agent's activations, tied to run, tool and token.
 
     from nla_monitor import Monitor
     from nla_monitor_langchain import NLACallbackHandler

@@ -161,15 +161,14 @@ class ChatNLAModel(BaseChatModel):
     ) -> list[int]:
         """Ids ``[token]`` that the model writes after the prompt; end-of-sequence included."""
         prompt = torch.tensor([list(ids)], device=self.model.device)
-        with torch.inference_mode():
-            output = self.model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=self._generation_config(self._limit(options)),
-                logits_processor=self._sampler(options),
-                stopping_criteria=[StopOnText(self.tokenizer, stops, len(ids), cancelled)],
-                streamer=streamer,
-            )
+        output = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=self._generation_config(self._limit(options)),
+            logits_processor=self._sampler(options),
+            stopping_criteria=[StopOnText(self.tokenizer, stops, len(ids), cancelled)],
+            streamer=streamer,
+        )
         return token_list(output[0, len(ids) :])
 
     def _generation_config(self, limit: int) -> GenerationConfig:
@@ -178,7 +177,9 @@ class ChatNLAModel(BaseChatModel):
         pad = known.pad_token_id if known.pad_token_id is not None else self.tokenizer.pad_token_id
         if pad is None:
             pad = end[0] if isinstance(end, list) else end
-        return GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=end, pad_token_id=pad)
+        return GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+            max_new_tokens=limit, do_sample=False, eos_token_id=end, pad_token_id=pad
+        )
 
     def _sampler(self, options: Mapping[str, Any]) -> list[GumbelSampler]:
         temperature = options.get("temperature", self.temperature)

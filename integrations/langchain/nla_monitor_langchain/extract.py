@@ -107,10 +107,11 @@ class LLMPromptEncoder:
         return model_type in ("", self._type)
 
     def encode_text(self, prompt: str, params: Mapping[str, Any]) -> list[int]:
-        """Ids that ``pipeline.preprocess`` makes of the prompt, with the pipeline's and (streaming) the call's parameters.
+        """Ids that ``pipeline.preprocess`` makes of the prompt.
 
-        LangChain doesn't tell a callback the ``pipeline_kwargs`` of a single ``invoke``: if those change the
-        tokenization, the call has no samples and is counted.
+        With the pipeline's parameters and, when streaming, the call's. LangChain doesn't tell a callback the
+        ``pipeline_kwargs`` of a single ``invoke``: if those change the tokenization, the call has no samples and is
+        counted.
         """
         if self._pipeline is None:
             raise ConfigError(f"a model of type {self._type!r} takes messages, not a text prompt")
@@ -141,7 +142,7 @@ def unwrap(llm: Any) -> Any:
 
 
 def _private_pipeline(model: Any) -> Any:
-    pipeline = getattr(getattr(model, "llm", model), "pipeline", None)
+    pipeline: Any = getattr(getattr(model, "llm", model), "pipeline", None)
     if getattr(pipeline, "tokenizer", None) is None or not hasattr(pipeline, "preprocess"):
         raise ConfigError(
             f"llm={type(model).__name__} has no local transformers pipeline: its activations cannot be read. Give a "

@@ -14,9 +14,9 @@ from transformers import LogitsProcessor, StoppingCriteria, TextStreamer
 class GumbelSampler(LogitsProcessor):
     """Makes greedy decoding draw exact samples: ``argmax(logits / t + g)``, ``g`` i.i.d. standard Gumbel noise.
 
-    (Gumbel-max: Gumbel 1954, §4; Maddison et al. 2014, eq. 1.) ``generate(do_sample=True)`` draws from torch's global
-    random state, which belongs to the host: seeding it would change a training run in this process, and two threads would
-    disturb each other. This draws from a generator of its own.
+    (The Gumbel-max trick: Maddison, Tarlow, Minka 2014, "A* sampling", §2.) ``generate(do_sample=True)`` draws from
+    torch's global random state, which belongs to the host: seeding it would change a training run in this process, and
+    two threads would disturb each other. This draws from a generator of its own.
 
     Args:
         temperature: t > 0.

@@ -38,8 +38,8 @@ class NLACallbackHandler(BaseCallbackHandler):
 
     The handler must know how the model tokenizes. With ``ChatNLAModel`` it needs nothing. With ``llm`` it runs the
     preprocessing of that very model (exact). With ``tokenizer``, or else the one the monitor was attached with, it
-    encodes texts with the tokenizer's defaults and messages through its chat template. Where they differ from what the model was
-    fed no sample is misplaced: the call has none, which is counted in ``stats`` and said once.
+    encodes texts with the tokenizer's defaults and messages through its chat template. Where that differs from what
+    the model was fed, no sample is misplaced: the call has none, which is counted in ``stats`` and said once.
 
     One instance serves sync and async, concurrently; it holds no state of a run. Two handlers of one monitor share
     their state, so a double installation takes no sample twice. No exception leaves it.
@@ -53,7 +53,7 @@ class NLACallbackHandler(BaseCallbackHandler):
         ConfigError: ``llm`` has no local pipeline or tokenizer.
     """
 
-    # Inline: a few microseconds on the event loop's thread, in order, instead of a thread-pool hop with a copied context.
+    # Inline: on the event loop's thread and in order, instead of a hop to a thread pool with a copied context.
     run_inline = True
 
     def __init__(self, monitor: AgentMonitor, *, llm: Any | None = None, tokenizer: Any | None = None) -> None:
@@ -93,7 +93,8 @@ class NLACallbackHandler(BaseCallbackHandler):
             params = _params(kwargs)
             if self._tracker.is_open(str(run_id)):
                 return
-            call = self._call(run_id, parent_run_id, tags, metadata, params, "\n".join(prompts), tool=None, key=None)
+            run, model_type = self._run(run_id, parent_run_id, tags), str(params.get("_type", ""))
+            call = self._call(run, metadata, model_type, "\n".join(prompts))
             encoder = self._encoder_for(call.model_type)
             if encoder is not None:
                 self._tracker.start_call(call, [encoder.encode_text(prompt, params) for prompt in prompts])
@@ -115,8 +116,9 @@ class NLACallbackHandler(BaseCallbackHandler):
             if self._tracker.is_open(str(run_id)):
                 return
             flat = [message for conversation in messages for message in conversation]
+            run, model_type = self._run(run_id, parent_run_id, tags), str(params.get("_type", ""))
             tool, key = tool_of_messages(flat), fingerprint(flat)
-            call = self._call(run_id, parent_run_id, tags, metadata, params, flat_text(flat), tool=tool, key=key)
+            call = self._call(run, metadata, model_type, flat_text(flat), tool=tool, key=key)
             if call.model_type == CHAT_NLA_TYPE:
                 last_started.set(str(run_id))
                 self._tracker.start_call(call, (), claimable=True)
@@ -154,7 +156,7 @@ class NLACallbackHandler(BaseCallbackHandler):
     ) -> None:
         """A chain, graph or node has started."""
         with self._monitor.guard("langchain.on_chain_start"):
-            self._start_run(run_id, parent_run_id, kwargs.get("name"), tags)
+            self._tracker.start_run(self._run(run_id, parent_run_id, tags, kwargs.get("name")))
 
     def on_chain_end(
         self, outputs: dict[str, Any], *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
@@ -185,7 +187,7 @@ class NLACallbackHandler(BaseCallbackHandler):
         """A tool has started."""
         with self._monitor.guard("langchain.on_tool_start"):
             name = (serialized or {}).get("name") or kwargs.get("name")
-            self._start_run(run_id, parent_run_id, name, tags)
+            self._tracker.start_run(self._run(run_id, parent_run_id, tags, name))
 
     def on_tool_end(self, output: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any) -> None:
         """A tool has returned: the next model call that reads its result carries its name."""
@@ -210,36 +212,30 @@ class NLACallbackHandler(BaseCallbackHandler):
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _start_run(self, run_id: UUID, parent: UUID | None, name: str | None, tags: Sequence[str] | None) -> None:
+    def _run(self, run_id: UUID, parent: UUID | None, tags: Sequence[str] | None, name: str | None = None) -> Run:
         run, parent_id = str(run_id), _text(parent)
-        root = self._tracker.root_of(run, parent_id)
-        self._tracker.start_run(Run(run, parent_id, root, name, sequence_step(tags)))
+        return Run(run, parent_id, self._tracker.root_of(run, parent_id), name, sequence_step(tags))
 
     def _call(
         self,
-        run_id: UUID,
-        parent_run_id: UUID | None,
-        tags: Sequence[str] | None,
+        run: Run,
         metadata: Mapping[str, Any] | None,
-        params: Mapping[str, Any],
+        model_type: str,
         prompt: str,
         *,
-        tool: str | None,
-        key: str | None,
+        tool: str | None = None,
+        key: str | None = None,
     ) -> ModelCall:
-        run, parent = str(run_id), _text(parent_run_id)
-        root = self._tracker.root_of(run, parent)
-        reads = tuple(self._tracker.results_read(root, prompt, parent, sequence_step(tags)))
+        reads = tuple(self._tracker.results_read(run, prompt))
         known = metadata or {}
         context = AgentContext(
-            agent_run_id=run,
-            parent_run_id=parent,
-            root_run_id=root,
+            agent_run_id=run.run_id,
+            parent_run_id=run.parent_run_id,
+            root_run_id=run.root_run_id,
             tool=tool or (reads[-1].tool if reads else None),
             node=_text(known.get("langgraph_node")),
             conversation_id=next((str(known[key]) for key in _CONVERSATION_KEYS if known.get(key)), None),
         )
-        model_type = str(params.get("_type", ""))
         return ModelCall(context, model_type, current_traceparent(), _attributes(model_type, reads), reads, key)
 
     def _encoder_for(self, model_type: str) -> PromptEncoder | None:
@@ -260,7 +256,7 @@ def watch(llm: Any, monitor: AgentMonitor) -> Any:
     """``llm`` with a handler for it bound in: for code where the config of a call is out of reach.
 
     Samples carry run and parent ids, conversation and trace context. The root run and tool results in plain text
-    are seen only by a handler that is given in the config of the whole agent: prefer that.
+    are seen only by a handler that is given in the config of the whole agent: prefer that. Bind tools before.
 
     Raises:
         ConfigError: ``llm`` has no local pipeline or tokenizer.

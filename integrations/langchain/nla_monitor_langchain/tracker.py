@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +26,8 @@ logger = logging.getLogger("nla_monitor")
 MAX_RUNS = 16_384
 MAX_MODEL_CALLS = 4_096
 TTL_SECONDS = 3_600.0
+SETTLE_SECONDS = 5.0
+MAX_SETTLING = 1_024
 
 
 class AgentMonitor(Protocol):
@@ -44,7 +46,10 @@ class AgentMonitor(Protocol):
         traceparent: str | None = None,
         attributes: Mapping[str, Scalar] | None = None,
     ) -> Any:
-        """Tie the forward passes of this prompt (None: of the calling thread) to an agent's run, until closed."""
+        """Tie the forward passes of this prompt (None: of the calling thread) to an agent's run, until closed.
+
+        Returns an opaque handle (its ``forwards``, if it has that, counts forward passes), None when not attached.
+        """
         ...
 
     def close_session(self, handle: Any) -> None:
@@ -63,6 +68,15 @@ class ModelCall:
     reads: tuple[ToolResult, ...] = ()
     fingerprint: str | None = None
     """Hash of the messages, by which ``ChatNLAModel`` finds its call where LangChain passes no run id."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A call whose sessions are closed; the capture may still be matching its forward passes, in the background."""
+
+    at: float
+    model_type: str
+    handles: Sequence[Any]
 
 
 @dataclass(slots=True)
@@ -89,7 +103,8 @@ class TrackerStats:
     """Model calls for which no tokenizer is known, by model type: nothing was opened for them."""
     without_activations: Mapping[str, int]
     """Model calls that ended without one forward pass of the monitored model, by model type: API models, another
-    model than the attached one, a cached answer, a prompt tokenized in another way."""
+    model than the attached one, a cached answer, a prompt tokenized in another way. Known some seconds after the
+    call, because the capture matches forward passes in the background."""
     open_calls: int
     open_runs: int
 
@@ -102,6 +117,7 @@ class Tracker:
         max_runs: chain and tool runs remembered at a time.
         max_calls: model calls open at a time; beyond it the oldest session is closed and counted as expired.
         ttl_seconds: age at which a run or session that never ended is given up.
+        settle_seconds: time after the end of a call at which it must have seen a forward pass.
         clock: seconds, monotonic (tests inject one).
     """
 
@@ -112,6 +128,7 @@ class Tracker:
         max_runs: int = MAX_RUNS,
         max_calls: int = MAX_MODEL_CALLS,
         ttl_seconds: float = TTL_SECONDS,
+        settle_seconds: float = SETTLE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._monitor = weakref.ref(monitor)
@@ -119,6 +136,9 @@ class Tracker:
         self._runs: BoundedMap[str, Run] = BoundedMap(max_runs, ttl_seconds, clock)
         self._ledgers: BoundedMap[str, ToolLedger] = BoundedMap(max_runs, ttl_seconds, clock)
         self._calls: BoundedMap[str, _Open] = BoundedMap(max_calls, ttl_seconds, clock)
+        self._clock = clock
+        self._settle_seconds = settle_seconds
+        self._ended: deque[_Ended] = deque()
         self._counts: Counter[str] = Counter()
         self._silent: Counter[str] = Counter()
         self._unwatched: Counter[str] = Counter()
@@ -152,11 +172,11 @@ class Tracker:
             ledger.add(result)
             self._ledgers.put(root_run_id, ledger)
 
-    def results_read(self, root: str, prompt: str, parent_run_id: str | None, step: int | None) -> list[ToolResult]:
-        """Unread tool results that a model call with this prompt and place reads, oldest first."""
+    def results_read(self, run: Run, prompt: str) -> list[ToolResult]:
+        """Unread tool results that a model call with this place and prompt reads, oldest first."""
         with self._lock:
-            ledger = self._ledgers.get(root)
-            return [] if ledger is None else ledger.read_by(prompt, parent_run_id, step)
+            ledger = self._ledgers.get(run.root_run_id)
+            return [] if ledger is None else ledger.read_by(prompt, run.parent_run_id, run.step)
 
     # --- model calls --------------------------------------------------------------------------------------------
 
@@ -199,10 +219,24 @@ class Tracker:
             self._finish(entry.call, entry.handles, failed=failed)
 
     def _finish(self, call: ModelCall, handles: Sequence[Any], *, failed: bool) -> None:
-        silent = not any(_saw_forward(handle) for handle in handles)
         self._close(handles)
-        if silent and not failed:
-            self._without_activations(call.model_type)
+        if not failed:
+            with self._lock:
+                self._ended.append(_Ended(self._clock(), call.model_type, handles))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Judge calls that ended long enough ago: has the capture seen a forward pass of theirs?"""
+        silent: list[str] = []
+        with self._lock:
+            due = self._clock() - self._settle_seconds
+            while self._ended and (self._ended[0].at <= due or len(self._ended) > MAX_SETTLING):
+                ended = self._ended.popleft()
+                if not any(_saw_forward(handle) for handle in ended.handles):
+                    silent.append(ended.model_type)
+            self._silent.update(silent)
+        for model_type in silent:
+            self._say_without_activations(model_type)
 
     def unwatched(self, model_type: str) -> None:
         """A model call cannot be tied to forward passes because nobody told us how the model tokenizes."""
@@ -210,9 +244,9 @@ class Tracker:
             self._unwatched[model_type] += 1
         self._say_once(
             f"unwatched:{model_type}",
-            "nla_monitor: a call of %r is not watched: no tokenizer is known for it. An API model has no activations to "
-            "read; for local weights pass NLACallbackHandler(monitor, llm=...) or tokenizer=..., or attach the monitor "
-            "with a tokenizer. Counted in stats.unwatched, not said again",
+            "nla_monitor: a call of %r is not watched: no tokenizer is known for it. An API model has no activations "
+            "to read; for local weights pass llm=... or tokenizer=... to the handler, or attach the monitor with a "
+            "tokenizer. Counted in stats.unwatched, not said again",
             model_type,
         )
 
@@ -280,6 +314,9 @@ class Tracker:
             return
         call = entry.call
         handle = monitor.open_session(call.context, ids, traceparent=call.traceparent, attributes=call.attributes)
+        if handle is None:
+            self._say_once("unattached", "nla_monitor: the monitor is attached to no model; agents are not watched")
+            return
         with self._lock:
             self._counts["sessions"] += 1
             entry.handles.append(handle)
@@ -300,14 +337,12 @@ class Tracker:
         with monitor.guard(where):
             yield
 
-    def _without_activations(self, model_type: str) -> None:
-        with self._lock:
-            self._silent[model_type] += 1
+    def _say_without_activations(self, model_type: str) -> None:
         self._say_once(
             f"silent:{model_type}",
-            "nla_monitor: a call of %r ended without one forward pass of the monitored model: there were no activations "
-            "to read (an API model, a cached answer, another model than the attached one, or a tokenizer that splits "
-            "the prompt in another way). Counted in stats.without_activations, not said again",
+            "nla_monitor: a call of %r ended without one forward pass of the monitored model: there were no "
+            "activations to read (an API model, a cached answer, another model than the attached one, or a tokenizer "
+            "that splits the prompt in another way). Counted in stats.without_activations, not said again",
             model_type,
         )
 
@@ -321,6 +356,7 @@ class Tracker:
     @property
     def stats(self) -> TrackerStats:
         """Counters since the start."""
+        self._settle()
         with self._lock:
             return TrackerStats(
                 model_calls=self._counts["model_calls"],

@@ -1,0 +1,1 @@
+"""The demo: the whole chain on the bundled organism, offline, on a CPU."""

@@ -1,0 +1,42 @@
+"""``nla-monitor demo``."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class StoryName(StrEnum):
+    """The stories, by name."""
+
+    DEFAULT = "default"
+    PLAIN = "plain"
+    PLANTED_THOUGHT = "planted-thought"
+    BENIGN = "benign"
+
+
+def demo(
+    story: Annotated[StoryName, typer.Option(help="Which story to run.")] = StoryName.DEFAULT,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the data; the measured steps are fixed.")] = 0,
+    database: Annotated[
+        Path, typer.Option(dir_okay=False, help="SQLite file that keeps everything; a new run is added to it.")
+    ] = Path("nla-monitor-demo.db"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one line of JSON at the end; the show goes to stderr.")
+    ] = False,
+) -> None:
+    """Run the whole chain on the bundled organism: offline, on a CPU, in under three minutes."""
+    from rich.console import Console
+
+    from nla_monitor.cli.demo import runner
+    from nla_monitor.cli.demo.view import View
+
+    view = View(Console(stderr=as_json, highlight=False))
+    summary = runner.run(story.value, seed, database.resolve(), view)
+    view.summary(summary)
+    if as_json:
+        sys.stdout.write(runner.as_json(summary) + "\n")

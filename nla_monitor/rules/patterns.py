@@ -1,0 +1,149 @@
+"""Text patterns over google-re2: linear in the text, whatever the pattern, so that no text can stall the worker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import re2  # type: ignore[import-untyped]  # google-re2 ships no type information
+
+from nla_monitor.rules.problems import BadRule, Path
+from nla_monitor.rules.scope import Guards, Scope, holds_negation
+
+MAX_PATTERN: Final = 4_000
+MAX_HITS: Final = 16
+"""Hits kept per pattern and text; more of the same say nothing new."""
+MAX_TRIES: Final = 200
+"""Guarded-away hits after which a pattern gives up on a text: bounds the cost on texts made of one phrase."""
+
+_MAX_MEMORY: Final = 64 << 20
+_GAP: Final = r"[\s*_\-\x{2010}-\x{2014}\"'`\x{2018}-\x{201D}]+"
+_NOT_WORD: Final = r"[^\p{L}\p{M}\p{N}_]"
+_SURROGATES: Final = re.compile("[\ud800-\udfff]")
+_LOOKAROUND: Final = re.compile(r"\(\?<?[=!]")
+
+
+def readable(text: str) -> str:
+    """The text with lone surrogates replaced (same length): google-re2 works on UTF-8."""
+    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
+
+
+def compile_re2(pattern: str, path: Path, *, case_sensitive: bool = False) -> Any:
+    """A compiled pattern.
+
+    Raises:
+        BadRule: not RE2 syntax (look-around and back-references are not linear-time), too long, or matches the empty text.
+    """
+    if len(pattern) > MAX_PATTERN:
+        raise BadRule(path, f"pattern of {len(pattern)} characters; at most {MAX_PATTERN}")
+    options = re2.Options()
+    options.case_sensitive = case_sensitive
+    options.log_errors = False
+    options.max_mem = _MAX_MEMORY
+    try:
+        compiled = re2.compile(readable(pattern), options)
+    except re2.error as error:
+        raise BadRule(path, f"is no RE2 pattern: {_reason(error)}{_hint(pattern)}") from error
+    if compiled.search("") is not None:
+        raise BadRule(path, "matches the empty text, hence everything")
+    return compiled
+
+
+def _reason(error: Exception) -> str:
+    reason = error.args[0] if error.args else error
+    return reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)
+
+
+def _hint(pattern: str) -> str:
+    if _LOOKAROUND.search(pattern):
+        return "; look-around is not available (RE2 is linear-time): use a second selection and the condition"
+    return "; back-references are not available (RE2 is linear-time)" if re.search(r"\\[1-9]", pattern) else ""
+
+
+class TextPattern:
+    """One pattern with its guards; yields the stretches of a text that it claims.
+
+    A group named ``quote`` (or group 1 of a keyword list) is the stretch that counts; without one, the whole hit.
+    """
+
+    def __init__(self, compiled: Any, guards: Guards, group: int) -> None:
+        self._compiled = compiled
+        self._guards = guards
+        self._group = group
+
+    def hits(self, text: str, scope: Scope) -> Iterator[tuple[int, int]]:
+        """Spans of claimed hits, in order, at most ``MAX_HITS``."""
+        position, found = 0, 0
+        for _ in range(MAX_TRIES):
+            hit = self._compiled.search(text, position)
+            if hit is None or found >= MAX_HITS:
+                return
+            start, end = hit.span(self._group)
+            if start < 0:  # the group took no part in this hit
+                start, end = hit.span()
+            if self._guards is None or scope.claimed(start, end, self._guards):
+                found += 1
+                yield start, end
+            position = max(end, position + 1)
+
+
+def keyword_pattern(words: Sequence[str], guards: Guards, path: Path) -> TextPattern:
+    """Case-insensitive whole-word phrases as one pattern.
+
+    A space or hyphen in a phrase stands for any run of spaces, hyphens, quotation marks and emphasis; ``*`` at a word's edge
+    for any rest of the word (``special-cas*``).
+
+    Raises:
+        BadRule: an empty phrase, or one without a letter or digit.
+    """
+    # Longest first: RE2 prefers the first alternative that fits, and the quote should be the whole phrase.
+    ordered = sorted(range(len(words)), key=lambda index: -len(words[index]))
+    choices = "|".join(_phrase(words[index], (*path, index)) for index in ordered)
+    compiled = compile_re2_checked(rf"(?:\A|{_NOT_WORD})({choices})(?:\z|{_NOT_WORD})", path)
+    return TextPattern(compiled, guards, 1)
+
+
+def compile_re2_checked(pattern: str, path: Path) -> Any:
+    """``compile_re2`` for patterns that we wrote ourselves, whose length is not the user's to answer for."""
+    options = re2.Options()
+    options.case_sensitive = False
+    options.log_errors = False
+    options.max_mem = _MAX_MEMORY
+    try:
+        return re2.compile(pattern, options)
+    except re2.error as error:
+        raise BadRule(path, f"too many keywords for one selection: {_reason(error)}") from error
+
+
+def _phrase(phrase: str, path: Path) -> str:
+    parts = [part for part in re.split(r"[\s\-]+", readable(phrase)) if part]
+    if not any(char.isalnum() for char in phrase):
+        raise BadRule(path, f"keyword {phrase!r} holds no letter or digit")
+    return _GAP.join(_word(part) for part in parts)
+
+
+def _word(part: str) -> str:
+    core = part.strip("*")
+    before, after = (r"[\p{L}\p{M}\p{N}_]*" if part[:1] == "*" else ""), (r"[\p{L}\p{M}\p{N}_]*" if part[-1:] == "*" else "")
+    escaped = re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", core)
+    return before + re.sub(r"['’]", r"['\x{2019}]", escaped) + after
+
+
+def regex_pattern(pattern: str, guards: Guards, path: Path) -> TextPattern:
+    """A regular expression, case-insensitive unless it says ``(?-i)``.
+
+    Raises:
+        BadRule: see ``compile_re2``.
+    """
+    compiled = compile_re2(pattern, path)
+    own = Guards(guards.negation, guards.quotes, guards.mentions, own_negation=holds_negation(pattern))
+    return TextPattern(compiled, own, compiled.groupindex.get("quote", 0))
+
+
+def keyword_guards(words: Sequence[str], guards: Guards) -> list[tuple[list[int], Guards]]:
+    """Splits phrases by whether they hold a negation themselves, so that each part gets its right guards."""
+    plain = [index for index, word in enumerate(words) if not holds_negation(word)]
+    own = [index for index, word in enumerate(words) if holds_negation(word)]
+    parts = [(plain, guards), (own, Guards(guards.negation, guards.quotes, guards.mentions, own_negation=True))]
+    return [(part, guard) for part, guard in parts if part]
