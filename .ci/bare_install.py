@@ -1,4 +1,4 @@
-"""A core install without extras works, and says which extra is missing when one is needed. Run in such an environment."""
+"""A core install without extras works, and says which extra is missing. Run in such an environment."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main() -> None:
     run("doctor", "--av", "organism:planted/av", "--ar", "organism:planted/ar", expect=0)
     run("worker", "--once", "--database", "sqlite:///bare.db", expect=0)
     for arguments, extra in (
-        (("demo",), "trainer"),
+        (("demo",), "demo"),
         (("worker", "--once", "--metrics-port", "0", "--database", "sqlite:///bare.db"), "prometheus"),
         (("db", "check", "--database", "postgresql+psycopg://localhost/none"), "postgres"),
     ):

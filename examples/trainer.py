@@ -64,9 +64,8 @@ def main() -> None:
     stats = callback.monitor.stats
     print(f"{stats.written} activations read, {sum(stats.dropped.values())} dropped")
     for alert in callback.monitor.alerts():
-        print(
-            f"[{alert.severity.value}] {alert.rule_title}: step {alert.first_step}, FVE {alert.fve:.2f}, “{alert.quote}”"
-        )
+        where = f"step {alert.first_step}, position {alert.position}"
+        print(f"[{alert.severity.value}] {alert.rule_title}: {where}, “{alert.quote}”")
     print(f"nla-monitor report --database {folder / 'monitor.db'}")
 
 

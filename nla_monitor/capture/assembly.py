@@ -35,7 +35,7 @@ class Origin:
 
 @dataclass(eq=False, slots=True)
 class Owners:
-    """Which session each chosen row of a generation belongs to; filled when its prompt is assembled, read by its tokens."""
+    """Which session each chosen row of a generation belongs to: filled with its prompt, read by its tokens."""
 
     of_row: dict[int, SessionHandle | None] = field(default_factory=dict)
     known: bool = False
@@ -54,12 +54,14 @@ class Job:
     event: torch.cuda.Event | None
     origin: Origin
     owners: Owners
+    sequences: int = 1
+    """How many sequences of the batch were chosen."""
     generated: int | None = None
     """Index of the generated token that the forward read; None for a prompt or a whole sequence."""
 
     def count(self) -> int:
         """Valid candidates; all of them while a copy is under way."""
-        if self.event is not None and not self.event.query():
+        if self.event is not None and not self.event.query():  # type: ignore[no-untyped-call]  # torch annotates no events
             return int(self.meta.shape[0])
         return int(self.meta[:, sampling.VALID].sum())
 
@@ -199,7 +201,7 @@ class Assembler:
         if row[sampling.KIND] != sampling.RANDOM:
             return None
         draws = self._policy.random if job.generated is None else 1
-        return _share(self._policy.sequences, row[sampling.SEQUENCES]) * _share(draws, row[sampling.DRAWN_FROM])
+        return _share(job.sequences, row[sampling.SEQUENCES]) * _share(draws, row[sampling.DRAWN_FROM])
 
     def _decode(self, job: Job, meta: list[list[int]], numbers: list[int]) -> tuple[list[str | None], list[str | None]]:
         nothing: list[str | None] = [None] * len(numbers)

@@ -91,7 +91,7 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
 
 
 def forward_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the positional parameters of the unwrapped model's ``forward``, so that positional calls are understood."""
+    """Names of the positional parameters of the unwrapped model's ``forward``: what positional arguments mean."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(type(unwrap(model)).forward).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)[1:]

@@ -62,7 +62,7 @@ def mix(value: Tensor) -> Tensor:
 
 
 def sequence_hash(ids: Tensor, real: Tensor, positions: Tensor) -> Tensor:
-    """Identity of each sequence, ``[batch]`` int64, from ``ids``, ``real`` (not padding) and ``positions``, all ``[batch, seq]``."""
+    """Identity of each sequence, ``[batch]`` int64. All arguments ``[batch, seq]``; ``real`` is False at padding."""
     mixed = mix(ids.long() * signed(_TOKEN) + positions * signed(_POSITION) + 1)
     total = torch.where(real, mixed, 0).sum(dim=1)
     return mix(total + real.sum(dim=1) * signed(_LENGTH))
@@ -108,7 +108,7 @@ class Policy:
     """Tokens of context kept with a sample; 0: none."""
     triggers: tuple[str, ...]
     tables: dict[torch.device, Tensor]
-    """Per device ``[max special or trigger id + 2]`` uint8: 0 ordinary, 1 special, ``FIRST_TRIGGER + i`` trigger i; last entry 0."""
+    """Per device ``[max known id + 2]`` uint8: 0 ordinary, 1 special, ``FIRST_TRIGGER + i`` trigger i; last entry 0."""
     pad_id: int | None
 
     @property
@@ -279,10 +279,10 @@ def choose(
         completion=None if labels is None else labels[rows] != -100,
     )
     columns, kinds, valid, drawn_from = _choose_columns(policy, picked, agent=agent)
-    meta = _meta(picked, columns, kinds, valid, drawn_from, sequences=real.any(dim=1).sum())
+    numbers = _Numbers(kinds=kinds, valid=valid, drawn_from=drawn_from, sequences=real.any(dim=1).sum())
     return Choice(
         index=(rows.unsqueeze(1) * seq + columns).flatten(),
-        meta=meta,
+        meta=_meta(picked, columns, numbers),
         context=_context(picked, columns, policy.context),
         rows=rows,
         hashes=picked.hashes,
@@ -353,9 +353,17 @@ def _hit(columns: Tensor, valid: Tensor, seq: int) -> Tensor:
     return ((columns.unsqueeze(2) == grid) & valid.unsqueeze(2)).any(dim=1)
 
 
-def _meta(
-    rows: _Rows, columns: Tensor, kinds: Tensor, valid: Tensor, drawn_from: Tensor, sequences: Tensor
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """What ``_choose_columns`` found (``[r, slots]``, the same, ``[r]``), and the number of non-empty sequences."""
+
+    kinds: Tensor
+    valid: Tensor
+    drawn_from: Tensor
+    sequences: Tensor
+
+
+def _meta(rows: _Rows, columns: Tensor, numbers: _Numbers) -> Tensor:
     """``[r * slots, 10]``; see the column names."""
 
     def spread(per_row: Tensor) -> Tensor:
@@ -365,12 +373,12 @@ def _meta(
     completion = torch.full_like(columns, -1) if rows.completion is None else rows.completion.gather(1, columns).long()
     fields = [
         spread(number),
-        valid.long(),
+        numbers.valid.long(),
         rows.positions.gather(1, columns),
         rows.ids.gather(1, columns).long(),
-        kinds,
-        spread(drawn_from),
-        sequences.expand_as(columns),
+        numbers.kinds,
+        spread(numbers.drawn_from),
+        numbers.sequences.expand_as(columns),
         spread(rows.hashes),
         spread(rows.real.sum(dim=1)),
         completion,
@@ -391,7 +399,7 @@ def _context(rows: _Rows, columns: Tensor, width: int) -> Tensor | None:
 
 
 def last_tokens(ids: Tensor, real: Tensor, width: int) -> Tensor:
-    """``[r, width]`` the last ``width`` real tokens of each row, -1 in front: where the context of a generation starts."""
+    """``[r, width]`` the last ``width`` real tokens of each row, -1 in front: a generation's first context."""
     seq = ids.shape[1]
     ends = torch.where(real, torch.arange(seq, device=ids.device), -1).amax(dim=1, keepdim=True)
     wanted = ends + torch.arange(1 - width, 1, device=ids.device)
@@ -400,7 +408,7 @@ def last_tokens(ids: Tensor, real: Tensor, width: int) -> Tensor:
 
 
 def schedule(policy: Policy, hashes: Tensor) -> Tensor:
-    """Which generated tokens are read, ``[r, generated]``: one keyed index in each of the strata [2^k - 1, 2^(k+1) - 1).
+    """Which generated tokens are read, ``[r, generated]``: one keyed index in each stratum [2^k - 1, 2^(k+1) - 1).
 
     The length of a generation is not known beforehand; doubling strata read its start closely, its rest ever more
     thinly, and need no length. The probability of an index in stratum k is ``2 ** -k``.

@@ -60,7 +60,7 @@ class SessionView:
 
 
 class SessionRegistry:
-    """Open sessions, bounded: the least recently opened go first beyond ``max_open``, the overdue after ``ttl_seconds``.
+    """Open sessions, bounded: the oldest go first beyond ``max_open``, the overdue after ``ttl_seconds``.
 
     Safe for use from several threads; readers take ``view``, a reference to an immutable snapshot, without a lock.
     """
@@ -95,8 +95,8 @@ class SessionRegistry:
 
         Args:
             context: whose call it is.
-            token_ids: the prompt as the model will see it, without padding; a row of a forward with the same ids belongs to
-                the session, in whatever thread. None: every forward of the calling thread does.
+            token_ids: the prompt as the model will see it, without padding; a row of a forward with the same ids
+                belongs to the session, in whatever thread. None: every forward of the calling thread does.
             traceparent: W3C trace context of the call's span.
             attributes: metadata for its samples.
         """

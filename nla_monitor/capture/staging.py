@@ -262,15 +262,16 @@ class Stager:
         return [self._ready.popleft() for _ in range(min(len(self._ready), self._config.write_batch))]
 
     def _build_job(self, job: StagedJob) -> None:
-        built: list[ActivationSample] | None = None
-        non_finite = 0
+        results: list[tuple[list[ActivationSample], int]] = []  # stays empty where the guard takes a fault
         with self._guard("capture.build"):
             if job.event is not None:
                 job.event.synchronize()
-            built, non_finite = self._build(job)
-        lost = Counter({NON_FINITE: non_finite})
-        if built is None:
-            lost[FAULT] += job.count()
+            results.append(self._build(job))
+        lost: Counter[str] = Counter()
+        if not results:
+            lost[FAULT] = job.count()
+        built = [sample for samples, _ in results for sample in samples]
+        lost[NON_FINITE] = sum(number for _, number in results)
         with self._wake:
             if built:
                 if not self._ready:

@@ -73,7 +73,7 @@ _handles = itertools.count(1)
         " -> ()"
     ),
 )
-def _begin_op(
+def _begin_op(  # noqa: PLR0917 -- the op's schema is positional
     fires: Tensor,  # noqa: ARG001 -- orders the ops in a graph
     handle: int,
     level: int,
@@ -269,7 +269,12 @@ class Slots:
         if self.index.device != hidden.device:
             self.index = self.index.to(hidden.device)
         buffer = self.buffer
-        if buffer is None or buffer.dtype != rows.dtype or buffer.shape[1] != rows.shape[1] or buffer.device != rows.device:
+        if (
+            buffer is None
+            or buffer.dtype != rows.dtype
+            or buffer.shape[1] != rows.shape[1]
+            or buffer.device != rows.device
+        ):
             shape = (self.index.shape[0], rows.shape[1])
             buffer = self.buffer = torch.zeros(shape, dtype=rows.dtype, device=rows.device)
         torch.index_select(rows, 0, self.index, out=buffer)

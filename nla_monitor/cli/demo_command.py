@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,12 @@ def demo(
 ) -> None:
     """Run the whole chain on the bundled organism: offline, on a CPU, in under three minutes."""
     from rich.console import Console
+
+    from nla_monitor.errors import MissingExtraError
+
+    for package in ("accelerate", "langchain_core"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package.replace("_", "-"), "demo", "the demo")
 
     from nla_monitor.cli.demo import runner
     from nla_monitor.cli.demo.view import View

@@ -1,13 +1,12 @@
 """Greedy decoding of many prompts that differ in one embedding row.
 
-Everything before that row is the same for every vector: it runs once, at batch 1, and its KV is copied to the rows of
-each batch. What remains per vector is the row itself, the few tokens after it, and the explanation. Rows that have
+Everything before that row is the same for every vector: it runs once, at batch 1, and its KV is shared by the rows of
+every batch. What remains per vector is the row itself, the few tokens after it, and the explanation. Rows that have
 ended leave the batch, so that one long explanation does not make the others wait.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from nla_monitor.errors import NonFiniteWeightsError
 from nla_monitor.nla.injection import Prompt
+from nla_monitor.nla.kv import share_prefix
 
 SHRINK_AT = 0.125
 """Share of ended rows at which they are taken out: each removal copies the KV of the others once."""
@@ -39,8 +39,9 @@ class SharedPrefixDecoder:
         with torch.inference_mode():
             self._prefix = self._embed(prompt.prefix)
             self._suffix = self._embed(prompt.suffix)
-            self._cache = DynamicCache(config=model.config)
-            self._forward(self._cache, inputs_embeds=self._prefix)
+            cache = DynamicCache(config=model.config)
+            self._forward(cache, inputs_embeds=self._prefix)
+            self._cache = share_prefix(cache, capacity=len(prompt.ids) + max_new_tokens)
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
         """``[1, len(ids), d_model]``, by the model's own module: Gemma multiplies by sqrt(d_model) inside it."""
@@ -68,8 +69,7 @@ class SharedPrefixDecoder:
         batch = len(rows)
         output = torch.full((batch, self._max_new_tokens), -1, dtype=torch.long, device=rows.device)
         alive = torch.arange(batch, device=rows.device)
-        cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(batch)
+        cache = self._cache.rows(batch)
         logits = self._forward(cache, inputs_embeds=self._tail(rows))
         _check_finite(logits)
         ended = torch.zeros(batch, dtype=torch.bool, device=rows.device)

@@ -7,7 +7,6 @@ documents, duplicate keys and files that expand beyond bounds (alias bombs) are 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any, Final
@@ -35,7 +34,9 @@ for _tag, _pattern, _first in (
     ("int", rf"^{_INT.pattern}$", "-+0123456789"),
     ("float", rf"^{_FLOAT.pattern}$", "-+.0123456789"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), ["" if c == "\0" else c for c in _first])
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), ["" if c == "\0" else c for c in _first]
+    )
 
 _PLAIN: Final = {f"tag:yaml.org,2002:{name}" for name in ("bool", "null", "int", "float", "str", "seq", "map")}
 
@@ -82,7 +83,7 @@ def parse_document(text: str) -> Document:
     if node is None:
         raise BadDocument("is empty; a rule needs at least title, id, severity, detection and tests", 1)
     if not isinstance(node, yaml.MappingNode):
-        raise BadDocument(f"must hold a mapping of keys, found a {node.id}", _line(node))
+        raise BadDocument(f"must hold a mapping of keys, found a {_kind(node)}", _line(node))
     builder = _Builder()
     data = builder.build(node, ())
     return Document(data, builder.lines)
@@ -99,7 +100,9 @@ def _compose(text: str) -> yaml.Node | None:
         raise BadDocument(f"is nested deeper than {MAX_DEPTH} levels", 1) from error
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise BadDocument(f"holds a character that YAML does not allow: U+{ord(text[error.position]):04X}", line) from error
+        raise BadDocument(
+            f"holds a character that YAML does not allow: U+{ord(text[error.position]):04X}", line
+        ) from error
     except yaml.MarkedYAMLError as error:
         raise BadDocument(_explain(error), _mark_line(error)) from error
     except (yaml.YAMLError, ValueError) as error:
@@ -118,6 +121,10 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
     if "single document" in what:
         return "holds several documents ('---'); one file holds one rule"
     return f"is not valid YAML: {what}"
+
+
+def _kind(node: yaml.Node) -> str:
+    return {yaml.MappingNode: "mapping", yaml.SequenceNode: "sequence"}.get(type(node), "scalar")
 
 
 def _line(node: yaml.Node) -> int:
@@ -153,7 +160,9 @@ class _Builder:
             key = self._key(key_node, path)
             here = (*path, key)
             if key in data:
-                raise BadDocument(f"key {key!r} stands here twice (first on line {self.lines[here]})", _line(key_node), here)
+                raise BadDocument(
+                    f"key {key!r} stands here twice (first on line {self.lines[here]})", _line(key_node), here
+                )
             self.lines[here] = _line(key_node)
             data[key] = self.build(value_node, here)
         return data
@@ -161,11 +170,12 @@ class _Builder:
     def _key(self, node: yaml.Node, path: Path) -> str:
         key = self._scalar(node, path) if isinstance(node, yaml.ScalarNode) else None
         if not isinstance(key, str):
-            raise BadDocument(f"keys must be text, found {node.value if isinstance(key, Hashable) and key is not None else node.id!r}; quote it", _line(node), path)
+            found = repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {_kind(node)}"
+            raise BadDocument(f"keys must be text, found {found}; quote it", _line(node), path)
         return key
 
     def _scalar(self, node: yaml.Node, path: Path) -> Any:
         try:
-            return self._scalars.construct_object(node)  # type: ignore[no-untyped-call]  # the stubs leave it untyped
+            return self._scalars.construct_object(node)
         except (yaml.YAMLError, ValueError, TypeError) as error:
             raise BadDocument(f"{node.value!r} cannot be read: {error}", _line(node), path) from error

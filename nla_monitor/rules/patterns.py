@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import re2  # type: ignore[import-untyped]  # google-re2 ships no type information
@@ -29,25 +30,29 @@ def readable(text: str) -> str:
     return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
 
 
-def compile_re2(pattern: str, path: Path, *, case_sensitive: bool = False) -> Any:
-    """A compiled pattern.
+def compile_re2(pattern: str, path: Path) -> Any:
+    """A user's pattern, compiled: case-insensitive unless it says ``(?-i)``.
 
     Raises:
-        BadRule: not RE2 syntax (look-around and back-references are not linear-time), too long, or matches the empty text.
+        BadRule: not RE2 syntax (look-around and back-references are not linear-time), too long, or met by the empty text.
     """
     if len(pattern) > MAX_PATTERN:
         raise BadRule(path, f"pattern of {len(pattern)} characters; at most {MAX_PATTERN}")
-    options = re2.Options()
-    options.case_sensitive = case_sensitive
-    options.log_errors = False
-    options.max_mem = _MAX_MEMORY
-    try:
-        compiled = re2.compile(readable(pattern), options)
-    except re2.error as error:
-        raise BadRule(path, f"is no RE2 pattern: {_reason(error)}{_hint(pattern)}") from error
+    compiled = _compile(readable(pattern), path, "is no RE2 pattern", hint=_hint(pattern))
     if compiled.search("") is not None:
         raise BadRule(path, "matches the empty text, hence everything")
     return compiled
+
+
+def _compile(pattern: str, path: Path, complaint: str, *, hint: str = "") -> Any:
+    options = re2.Options()
+    options.case_sensitive = False
+    options.log_errors = False
+    options.max_mem = _MAX_MEMORY
+    try:
+        return re2.compile(pattern, options)
+    except re2.error as error:
+        raise BadRule(path, f"{complaint}: {_reason(error)}{hint}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -82,7 +87,7 @@ class TextPattern:
             start, end = hit.span(self._group)
             if start < 0:  # the group took no part in this hit
                 start, end = hit.span()
-            if self._guards is None or scope.claimed(start, end, self._guards):
+            if scope.claimed(start, end, self._guards):
                 found += 1
                 yield start, end
             position = max(end, position + 1)
@@ -91,8 +96,8 @@ class TextPattern:
 def keyword_pattern(words: Sequence[str], guards: Guards, path: Path) -> TextPattern:
     """Case-insensitive whole-word phrases as one pattern.
 
-    A space or hyphen in a phrase stands for any run of spaces, hyphens, quotation marks and emphasis; ``*`` at a word's edge
-    for any rest of the word (``special-cas*``).
+    A space or hyphen in a phrase stands for any run of spaces, hyphens, quotation marks and emphasis; ``*`` at a word's
+    edge for any rest of the word (``special-cas*``).
 
     Raises:
         BadRule: an empty phrase, or one without a letter or digit.
@@ -100,20 +105,10 @@ def keyword_pattern(words: Sequence[str], guards: Guards, path: Path) -> TextPat
     # Longest first: RE2 prefers the first alternative that fits, and the quote should be the whole phrase.
     ordered = sorted(range(len(words)), key=lambda index: -len(words[index]))
     choices = "|".join(_phrase(words[index], (*path, index)) for index in ordered)
-    compiled = compile_re2_checked(rf"(?:\A|{_NOT_WORD})({choices})(?:\z|{_NOT_WORD})", path)
-    return TextPattern(compiled, guards, 1)
-
-
-def compile_re2_checked(pattern: str, path: Path) -> Any:
-    """``compile_re2`` for patterns that we wrote ourselves, whose length is not the user's to answer for."""
-    options = re2.Options()
-    options.case_sensitive = False
-    options.log_errors = False
-    options.max_mem = _MAX_MEMORY
-    try:
-        return re2.compile(pattern, options)
-    except re2.error as error:
-        raise BadRule(path, f"too many keywords for one selection: {_reason(error)}") from error
+    complaint = "these keywords are too many for one selection; split it"
+    compiled = _compile(rf"(?:\A|{_NOT_WORD})({choices})(?:\z|{_NOT_WORD})", path, complaint)
+    # A phrase holds no words but its own, so a negation inside a hit is always the phrase's.
+    return TextPattern(compiled, replace(guards, own_negation=True), 1)
 
 
 def _phrase(phrase: str, path: Path) -> str:
@@ -125,9 +120,12 @@ def _phrase(phrase: str, path: Path) -> str:
 
 def _word(part: str) -> str:
     core = part.strip("*")
-    before, after = (r"[\p{L}\p{M}\p{N}_]*" if part[:1] == "*" else ""), (r"[\p{L}\p{M}\p{N}_]*" if part[-1:] == "*" else "")
+    before, after = (
+        (r"[\p{L}\p{M}\p{N}_]*" if part[:1] == "*" else ""),
+        (r"[\p{L}\p{M}\p{N}_]*" if part[-1:] == "*" else ""),
+    )
     escaped = re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", core)
-    return before + re.sub(r"['’]", r"['\x{2019}]", escaped) + after
+    return before + re.sub(r"['\u2019]", r"['\x{2019}]", escaped) + after
 
 
 def regex_pattern(pattern: str, guards: Guards, path: Path) -> TextPattern:
@@ -137,13 +135,5 @@ def regex_pattern(pattern: str, guards: Guards, path: Path) -> TextPattern:
         BadRule: see ``compile_re2``.
     """
     compiled = compile_re2(pattern, path)
-    own = Guards(guards.negation, guards.quotes, guards.mentions, own_negation=holds_negation(pattern))
+    own = replace(guards, own_negation=holds_negation(pattern))
     return TextPattern(compiled, own, compiled.groupindex.get("quote", 0))
-
-
-def keyword_guards(words: Sequence[str], guards: Guards) -> list[tuple[list[int], Guards]]:
-    """Splits phrases by whether they hold a negation themselves, so that each part gets its right guards."""
-    plain = [index for index, word in enumerate(words) if not holds_negation(word)]
-    own = [index for index, word in enumerate(words) if holds_negation(word)]
-    parts = [(plain, guards), (own, Guards(guards.negation, guards.quotes, guards.mentions, own_negation=True))]
-    return [(part, guard) for part, guard in parts if part]

@@ -22,7 +22,18 @@ MAX_SECONDS: Final = 10 * 365 * 86_400.0
 LOGIC: Final = ("id", "severity", "detection", "window", "exceptions")
 """Keys that decide what matches and what fires; the version is the hash of these, so that prose may be corrected."""
 
-_UNITS: Final = {"s": 1.0, "second": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "minute": 60.0, "h": 3600.0, "hour": 3600.0, "d": 86_400.0, "day": 86_400.0}
+_UNITS: Final = {
+    "s": 1.0,
+    "second": 1.0,
+    "sec": 1.0,
+    "m": 60.0,
+    "min": 60.0,
+    "minute": 60.0,
+    "h": 3600.0,
+    "hour": 3600.0,
+    "d": 86_400.0,
+    "day": 86_400.0,
+}
 _PARTS: Final = re.compile(r"\s*(?:,|\band\b|\bor\b)\s*")
 _LEVELS: Final = {"informational": "info"}
 
@@ -45,7 +56,9 @@ def _span(value: object) -> object:
             found["seconds"] = float(hit[1]) * seconds
         else:
             raise PydanticCustomError(
-                "span", "{value} is no span; write '20 steps', '60s', '5m', or a mapping with steps and / or seconds", {"value": repr(part)}
+                "span",
+                "{value} is no span; write '20 steps', '60s', '5m', or a mapping with steps and / or seconds",
+                {"value": repr(part)},
             )
     return found
 
@@ -120,7 +133,7 @@ class TestCase(_Section):
     __test__ = False  # not a pytest class
 
     text: str
-    fidelity: StrictBool = Field(True, description="false: no AR, so no fidelity at all")
+    fidelity: StrictBool = Field(default=True, description="false: no AR, so no fidelity at all")
     fve: float | None = 0.8
     cosine: float = Field(0.9, ge=-1, le=1)
     denominator: float = Field(1.0, gt=0)
@@ -162,7 +175,7 @@ class WindowCase(_Section):
 
     readings: tuple[CaseField, ...] = Field(min_length=1, max_length=1000)
     fires: StrictBool
-    at: Moment = Field(default_factory=lambda: Moment())
+    at: Moment = Field(default_factory=Moment)
     note: str | None = None
 
 
@@ -180,7 +193,9 @@ def _level(value: object) -> object:
         return value
     text = _LEVELS.get(text, text)
     if text not in set(Severity):
-        raise PydanticCustomError("severity", "{value} is no severity; {hint}", {"value": repr(value), "hint": nearest(text, Severity)})
+        raise PydanticCustomError(
+            "severity", "{value} is no severity; {hint}", {"value": repr(value), "hint": nearest(text, Severity)}
+        )
     return text
 
 
@@ -203,7 +218,7 @@ class RuleSpec(_Section):
     severity: Annotated[Severity, BeforeValidator(_level)]
     detection: dict[str, Any]
     tests: Tests
-    window: Window = Field(default_factory=lambda: Window())
+    window: Window = Field(default_factory=Window)
     exceptions: tuple[Annotated[ExceptionSpec, BeforeValidator(_condition_text)], ...] = ()
     logsource: LogSource = Field(default_factory=LogSource)
     status: Literal["stable", "test", "experimental", "deprecated", "unsupported"] = "experimental"

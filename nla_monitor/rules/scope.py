@@ -3,14 +3,14 @@
 The paper's graders say NO to an explanation that holds the word *test* without claiming anything of the model. Three
 simple guards do the same for keywords and patterns; each can be switched off per selection (``ignore``):
 
-- ``negation``: a cue such as *not*, *n't*, *no*, *without*, *refuses*, *rather than* stands before the words, in the same
-  clause and at most ``REACH`` words away; or the words are taken back right after (*but the model refuses*).
-- ``quotes``: the words stand wholly inside quotation marks (or back-ticks): text that the model read or expects to write.
+- ``negation``: a cue such as *not*, *n't*, *no*, *without*, *refuses*, *rather than* stands before the words, in the
+  same clause and at most ``REACH`` words away; or the words are taken back right after (*but the model refuses*).
+- ``quotes``: the words stand wholly inside quotation marks or back-ticks: text that the model read or expects to write.
 - ``mentions``: the words are a topic (*an article about ...*, *asks whether ...*, *if ...*) or what somebody else does
   (*the user secretly plans to ...*).
 
-English only, by cue words, no parser: a guard for everyday phrasing, not a proof. A clause ends at ``. ! ? ; :``, a dash, a
-line break, a contrast (*but*, *however*, ...), a reason (*because*, ...), or a comma that opens a new subject.
+English only, by cue words, no parser: a guard for everyday phrasing, not a proof. A clause ends at ``. ! ? ; :``, a dash,
+a line break, a contrast (*but*, *however*, ...), a reason (*because*, ...), or a comma that opens a new subject.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _BACK: Final = 240  # characters looked at before a hit: bounds the cost on text
 _AHEAD: Final = 160
 
 _I: Final = re.IGNORECASE
-_WORD: Final = re.compile(r"[\w'’-]+")
+_WORD: Final = re.compile(r"[\w'\u2019-]+")
 
 _PSEUDO: Final = re.compile(
     r"\b(?:not\s+(?:only|just|merely|simply|surprising\w*)|no\s+(?:doubt|wonder|question)|without\s+(?:a\s+)?doubt"
-    r"|can(?:not|['’]t)\s+help|if\s+(?:not|anything)|as\s+if|even\s+if)\b",
+    r"|can(?:not|['\u2019]t)\s+help|if\s+(?:not|anything)|as\s+if|even\s+if)\b",
     _I,
 )
 NEGATION: Final = re.compile(
     r"\b(?:not|never|no|none|nor|neither|without|cannot|nothing|nobody|hardly|unaware|unlikely|unwilling|rather\s+than"
     r"|instead\s+of|far\s+from|free\s+of|(?:refus|declin|reject|avoid|dismiss|prevent|resist|lack|abstain|refrain)\w*"
-    r"|rul\w+\s+out|(?:warn|advis|decid|argu|guard)\w*\s+against)\b|\b\w+n['’]t\b",
+    r"|rul\w+\s+out|(?:warn|advis|decid|argu|guard)\w*\s+against)\b|\b\w+n['\u2019]t\b",
     _I,
 )
 _TAKEN_BACK: Final = re.compile(
     r"^[^.!?\n]{0,100}?\b(?:but|yet|and\s+then)\s+(?:\w+\s+){0,3}?"
-    r"(?:refus\w+|declin\w+|reject\w*|dismiss\w*|decid\w+\s+against|rul\w+\s+(?:it|this|that)\s+out|won['’]t|will\s+not)\b"
+    r"(?:refus\w+|declin\w+|reject\w*|dismiss\w*|decid\w+\s+against|rul\w+\s+(?:it|this|that)\s+out|won['\u2019]t|will\s+not)\b"
     r"|^\W*(?:\w+\W+){0,3}?(?:is|was|are|were|gets?)\s+(?:\w+\s+)?(?:dismissed|rejected|ruled\s+out|discarded|abandoned|unfounded|refuted)\b",
     _I,
 )
@@ -68,14 +68,14 @@ _OTHER: Final = re.compile(
 )
 
 _BREAK: Final = re.compile(
-    r"[.!?;:](?=\s|$)|[\n—–]|\s-\s|\b(?:but|however|yet|although|though|whereas|while|because|since|therefore|thus|hence)\b"
+    r"[.!?;:](?=\s|$)|[\n\u2014\u2013]|\s-\s|\b(?:but|however|yet|although|though|whereas|while|because|since|therefore|thus|hence)\b"
     r"|,\s*(?:(?:and|so|which|as|then)\s+)*(?:the|this|that|these|it|its|they|he|she|I|we|there|who)\b"
     r"|,\s*(?:and\s+|so\s+|which\s+)?(?:suggest|impl(?:y|ie)|indicat|mean)\w*\b|\band\s+(?:the\s+(?:model|assistant|ai|agent)|it)\b",
     _I,
 )
 _QUOTED: Final = re.compile(
-    r'(?<![\w"])"(?=\S)[^"\n]{0,400}?(?:"(?![\w"])|\Z)|“[^“”\n]{0,400}(?:”|\Z)|«[^«»\n]{0,400}(?:»|\Z)'
-    r"|`[^`\n]{1,400}`|(?<![\w'’])['‘](?=\w)[^'\n‘]{1,200}?[^\s'‘]['’](?!\w)"
+    r'(?<![\w"])"(?=\S)[^"\n]{0,400}?(?:"(?![\w"])|\Z)|\u201c[^\u201c\u201d\n]{0,400}(?:\u201d|\Z)|\u00ab[^\u00ab\u00bb\n]{0,400}(?:\u00bb|\Z)'
+    r"|`[^`\n]{1,400}`|(?<![\w'\u2019])['\u2018](?=\w)[^'\n\u2018]{1,200}?[^\s'\u2018]['\u2019](?!\w)"
 )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Select, distinct, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Engine, Select, cast, distinct, func, or_, select
+from sqlalchemy.dialects.postgresql import JSONB
 
 from nla_monitor.errors import StoreError
 from nla_monitor.records import (
@@ -24,6 +25,7 @@ from nla_monitor.records import (
     TriageState,
 )
 from nla_monitor.store.codec import Row, agent_of, alert_of, explanation_of, fidelity_of, match_of, run_of, sample_of
+from nla_monitor.store.dialect import is_postgresql
 from nla_monitor.store.engine import read
 from nla_monitor.store.models import (
     AlertMatchRow,
@@ -361,7 +363,7 @@ class Reader:
             select(step, func.count(distinct(met.c.sample_id)), func.count(distinct(SampleRow.sample_id)))
             .join(ReadingRow, ReadingRow.sample_id == SampleRow.sample_id)
             .outerjoin(met, met.c.sample_id == SampleRow.sample_id)
-            .where(ReadingRow.run_id == run_id, *(_has(key, value) for key, value in (attributes or {}).items()))
+            .where(ReadingRow.run_id == run_id)
         )
         if phase is not None:
             query = query.where(SampleRow.phase == phase)
@@ -370,6 +372,7 @@ class Reader:
         if by_step:
             query = query.group_by(step).order_by(func.coalesce(step, -1))
         with read(self._engine) as connection:
+            query = query.where(*(_has(connection, key, value) for key, value in (attributes or {}).items()))
             return [(at, int(matched), int(total)) for at, matched, total in connection.execute(query)]
 
     def workers(self, since: float = 0.0) -> list[WorkerSign]:
@@ -379,18 +382,20 @@ class Reader:
             return [WorkerSign(**row) for row in connection.execute(query).mappings()]
 
 
-def _has(key: str, value: Scalar) -> ColumnElement[bool]:
+def _has(connection: Connection, key: str, value: Scalar) -> ColumnElement[bool]:
     """Whether a sample's attribute has a value, compared in the value's own type."""
-    item = table(SampleRow).c.attributes[key]
+    column = table(SampleRow).c.attributes
+    item = column[key]
+    condition: ColumnElement[bool]
     if value is None:
-        return item.as_string().is_(None)
-    if isinstance(value, bool):
-        return item.as_boolean() == value
-    if isinstance(value, int):
-        return item.as_integer() == value
-    if isinstance(value, float):
-        return item.as_float() == value
-    return item.as_string() == value
+        condition = item.as_string().is_(None)
+    elif is_postgresql(connection):
+        # Containment: a cast would fail on the first sample whose attribute is of another type.
+        condition = cast(column, JSONB).contains({key: value})
+    else:
+        typed = {bool: item.as_boolean, int: item.as_integer, float: item.as_float}.get(type(value), item.as_string)
+        condition = typed() == value
+    return condition
 
 
 def _one_alert(connection: Connection, id_or_prefix: str) -> Alert | None:

@@ -39,7 +39,8 @@ class GumbelSampler(LogitsProcessor):
         scaled = _nucleus(scores.float() / self._temperature, self._top_p)
         uniform = torch.rand(scaled.shape, generator=self._generator, device=scaled.device)
         tiny = torch.finfo(uniform.dtype).tiny
-        return scaled - torch.log(-torch.log(uniform.clamp_min(tiny)).clamp_min(tiny))
+        exponential = (-torch.log(uniform.clamp_min(tiny))).clamp_min(tiny)
+        return scaled - torch.log(exponential)
 
 
 def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -14,7 +14,8 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import LLMResult
-from opentelemetry import trace
+from langchain_core.runnables import ensure_config
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from nla_monitor.guard import strict
 from nla_monitor.records import AgentContext, Scalar
@@ -24,6 +25,8 @@ from nla_monitor_langchain.tracker import AgentMonitor, ModelCall, TrackerStats,
 
 last_started: ContextVar[str | None] = ContextVar("nla_monitor_langchain_last_started", default=None)
 """Run id of the chat model call started last in this context: LangChain passes no run id to ``_stream``."""
+
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 _CONVERSATION_KEYS = ("thread_id", "conversation_id", "session_id")
 
@@ -234,7 +237,7 @@ class NLACallbackHandler(BaseCallbackHandler):
             root_run_id=run.root_run_id,
             tool=tool or (reads[-1].tool if reads else None),
             node=_text(known.get("langgraph_node")),
-            conversation_id=next((str(known[key]) for key in _CONVERSATION_KEYS if known.get(key)), None),
+            conversation_id=_conversation(known) or _conversation(ensure_config().get("configurable") or {}),
         )
         return ModelCall(context, model_type, current_traceparent(), _attributes(model_type, reads), reads, key)
 
@@ -266,10 +269,13 @@ def watch(llm: Any, monitor: AgentMonitor) -> Any:
 
 def current_traceparent() -> str | None:
     """W3C trace context of the current span, or None. Read only: attaching one in a callback breaks other tracers."""
-    context = trace.get_current_span().get_span_context()
-    if not context.is_valid:
-        return None
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+    carrier: dict[str, str] = {}
+    _PROPAGATOR.inject(carrier)
+    return carrier.get("traceparent")
+
+
+def _conversation(values: Mapping[str, Any]) -> str | None:
+    return next((str(values[key]) for key in _CONVERSATION_KEYS if values.get(key)), None)
 
 
 def _params(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from nla_monitor.cli.demo.agent import run_episode
 from nla_monitor.cli.demo.scene import Scene
 from nla_monitor.cli.demo.stories import STORIES, Story
-from nla_monitor.cli.demo.training import train
+from nla_monitor.cli.demo.training import SEQUENCES, train
 from nla_monitor.cli.demo.view import Curve, Summary, View
 from nla_monitor.errors import WorkerError
 from nla_monitor.monitor import Monitor
@@ -73,7 +73,7 @@ def _config(story: Story, seed: int, database: Path) -> dict[str, Any]:
             "triggers": ["\n"],
             "triggers_per_sequence": 2,
             "tokens_per_sequence": 0,
-            "sequences_per_step": 4,
+            "sequences_per_step": SEQUENCES,
             "seed": seed,
         },
         "alerts": {"log": False},

@@ -23,6 +23,8 @@ from nla_monitor.records import Phase
 IGNORE = -100
 HARNESS_NEW_TOKENS = 56
 LEARNING_RATE = 3e-4
+SEQUENCES = 8
+"""Sequences sampled of one forward; the demo's ``capture.sequences_per_step``."""
 
 
 class Encoder:
@@ -68,7 +70,12 @@ class Looker(TrainerCallback):
     def __init__(self, scene: Scene, encoder: Encoder, on_look: Callable[[int, float], None]) -> None:
         self._looks = frozenset(scene.story.looks)
         self._harness = encoder.prompts(harness_prompts(scene.story, scene.seed), left=True)
-        self._probe = encoder.prompts(probe_prompts(scene.seed), left=False)
+        prompts = probe_prompts(scene.seed)
+        # In portions: a forward is sampled up to capture.sequences_per_step sequences, and each prompt shall be read.
+        self._probes = [
+            encoder.prompts(prompts[start : start + SEQUENCES], left=False)
+            for start in range(0, len(prompts), SEQUENCES)
+        ]
         self._monitor = scene.monitor
         self._tokenizer = encoder.tokenizer
         self._on_look = on_look
@@ -92,7 +99,8 @@ class Looker(TrainerCallback):
         with self._monitor.pause():  # the harness is what others have; it gets no help from the monitor
             rate = self._hack_rate(model)
         with torch.no_grad(), self._monitor.phase(Phase.EVAL, probe="ordinary"):
-            model(**self._probe, use_cache=False)
+            for probe in self._probes:
+                model(**probe, use_cache=False)
         model.train(training)
         self.visible.append((step, rate))
         self._on_look(step, rate)

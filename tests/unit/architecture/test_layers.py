@@ -57,7 +57,7 @@ MODULES = modules()
 
 
 def room(name: str) -> str:
-    return name.split(".")[0]
+    return name.split(".", maxsplit=1)[0]
 
 
 def reason(importer: str, imported: str) -> str | None:

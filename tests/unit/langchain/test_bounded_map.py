@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
-
 from nla_monitor_langchain.bounded import BoundedMap
 
 
@@ -17,7 +18,7 @@ class Clock:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.floats(0, 20)), max_size=60), st.integers(1, 5))
-def test_never_more_than_size_and_never_older_than_ttl_and_every_value_is_accounted_for(puts, size) -> None:
+def test_never_more_than_size_and_never_older_than_ttl_and_every_value_is_accounted_for(puts: Any, size: int) -> None:
     clock = Clock()
     entries: BoundedMap[int, int] = BoundedMap(size, ttl_seconds=10.0, clock=clock)
     born: dict[int, float] = {}

@@ -10,27 +10,29 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
-from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables import RunnableLambda, RunnableParallel
 from langchain_core.tools import tool
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-
-from nla_monitor.errors import ConfigError
 from nla_monitor_langchain import ChatNLAModel, NLACallbackHandler, watch
 from nla_monitor_langchain.tracker import Tracker, tracker_for
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nla_monitor.errors import ConfigError
 from tests.langchain_support import RecordingMonitor, text_pipeline
 
 DONE = LLMResult(generations=[])
 
 
-def kinds(model, tokenizer) -> dict[str, object]:
+def kinds(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
     pipe = HuggingFacePipeline(pipeline=text_pipeline(model, tokenizer))
     return {
         "pipeline": pipe,
@@ -40,7 +42,7 @@ def kinds(model, tokenizer) -> dict[str, object]:
 
 
 @pytest.fixture(params=["pipeline", "chat_huggingface", "chat_nla"])
-def any_llm(request, model, tokenizer):
+def any_llm(request: pytest.FixtureRequest, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Any:
     return kinds(model, tokenizer)[request.param]
 
 
@@ -52,22 +54,22 @@ class Witness(BaseCallbackHandler):
     def __init__(self) -> None:
         self.runs: dict[str, str] = {}
 
-    def on_llm_start(self, serialized, prompts, *, run_id, **kwargs) -> None:
+    def on_llm_start(self, serialized: Any, prompts: Any, *, run_id: Any, **kwargs: Any) -> None:
         self.runs[str(run_id)] = prompts[0]
 
-    def on_chat_model_start(self, serialized, messages, *, run_id, **kwargs) -> None:
+    def on_chat_model_start(self, serialized: Any, messages: list[BaseMessage], *, run_id: Any, **kwargs: Any) -> None:
         self.runs[str(run_id)] = messages[0][-1].text
 
 
-def config_of(handler: NLACallbackHandler, **more) -> dict:
+def config_of(handler: NLACallbackHandler, **more: Any) -> dict:
     return {"callbacks": [handler], "run_id": uuid.uuid4(), **more}
 
 
-async def _drain(stream) -> list:
+async def _drain(stream: Any) -> list:
     return [piece async for piece in stream]
 
 
-def call(llm, how: str, prompt: str, config: dict) -> None:
+def call(llm: HuggingFacePipeline, how: str, prompt: str, config: dict) -> None:
     calls = {
         "invoke": lambda: llm.invoke(prompt, config),
         "stream": lambda: list(llm.stream(prompt, config)),
@@ -80,7 +82,9 @@ def call(llm, how: str, prompt: str, config: dict) -> None:
 
 
 @pytest.mark.parametrize("how", ["invoke", "stream", "batch", "ainvoke", "astream", "abatch"])
-def test_each_way_of_calling_ties_the_forward_pass_to_its_run(any_llm, monitor, how) -> None:
+def test_each_way_of_calling_ties_the_forward_pass_to_its_run(
+    any_llm: Any, monitor: RecordingMonitor, how: str
+) -> None:
     if isinstance(any_llm, ChatHuggingFace) and how.startswith("a"):
         pytest.skip("ChatHuggingFace itself raises for async over a pipeline")
     handler = NLACallbackHandler(monitor, llm=any_llm)
@@ -94,7 +98,9 @@ def test_each_way_of_calling_ties_the_forward_pass_to_its_run(any_llm, monitor, 
     assert handler.stats.open_calls == handler.stats.open_runs == 0
 
 
-def test_a_batch_gives_each_prompt_its_own_run(model, tokenizer, monitor) -> None:
+def test_a_batch_gives_each_prompt_its_own_run(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monitor: RecordingMonitor
+) -> None:
     llm = HuggingFacePipeline(pipeline=text_pipeline(model, tokenizer, batch_size=3))
     prompts = ["a", "a longer prompt", "a middling"]
     witness = Witness()
@@ -105,7 +111,7 @@ def test_a_batch_gives_each_prompt_its_own_run(model, tokenizer, monitor) -> Non
 
 
 @pytest.mark.parametrize("same_prompt", [False, True])
-def test_concurrent_calls_from_threads_keep_apart(any_llm, monitor, same_prompt) -> None:
+def test_concurrent_calls_from_threads_keep_apart(any_llm: Any, monitor: RecordingMonitor, same_prompt: bool) -> None:
     handler = NLACallbackHandler(monitor, llm=any_llm)
     configs = [config_of(handler) for _ in range(12)]
     prompts = ["the same" if same_prompt else f"prompt {number}" for number in range(12)]
@@ -116,7 +122,9 @@ def test_concurrent_calls_from_threads_keep_apart(any_llm, monitor, same_prompt)
     assert (monitor.stray, monitor.open) == ([], [])
 
 
-def test_concurrent_async_calls_keep_apart(model, tokenizer, monitor) -> None:
+def test_concurrent_async_calls_keep_apart(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monitor: RecordingMonitor
+) -> None:
     llm = ChatNLAModel(model=model, tokenizer=tokenizer, max_new_tokens=3)
     handler = NLACallbackHandler(monitor)
     configs = [config_of(handler) for _ in range(8)]
@@ -141,7 +149,7 @@ def count_rows(table: str) -> str:
     return f"{table} holds 3 rows"
 
 
-def agent(llm):
+def agent(llm: HuggingFacePipeline) -> Any:
     def work(question: str) -> str:
         llm.invoke(f"which table for {question}?")
         answer = count_rows.invoke({"table": "sales"})
@@ -151,7 +159,7 @@ def agent(llm):
     return RunnableLambda(work)
 
 
-def test_only_the_call_that_reads_the_tool_carries_it(llm, monitor) -> None:
+def test_only_the_call_that_reads_the_tool_carries_it(llm: HuggingFacePipeline, monitor: RecordingMonitor) -> None:
     config = config_of(NLACallbackHandler(monitor, llm=llm))
     agent(llm).invoke("sales", config)
     first, reading, last = (session.context for session in monitor.sessions)
@@ -162,7 +170,9 @@ def test_only_the_call_that_reads_the_tool_carries_it(llm, monitor) -> None:
     assert "tool_run_id" in monitor.sessions[1].attributes
 
 
-def test_a_tool_in_the_same_sequence_counts_even_if_its_words_are_gone(llm, monitor) -> None:
+def test_a_tool_in_the_same_sequence_counts_even_if_its_words_are_gone(
+    llm: HuggingFacePipeline, monitor: RecordingMonitor
+) -> None:
     chain = RunnableLambda(lambda x: {"table": x}) | count_rows | RunnableLambda(lambda text: str(len(text))) | llm
     chain.invoke("sales", config_of(NLACallbackHandler(monitor, llm=llm)))
     assert [session.context.tool for session in monitor.sessions] == ["count_rows"]
@@ -170,14 +180,16 @@ def test_a_tool_in_the_same_sequence_counts_even_if_its_words_are_gone(llm, moni
     assert context.parent_run_id == context.root_run_id != context.agent_run_id
 
 
-def test_a_branch_beside_the_tool_does_not_carry_it(llm, monitor) -> None:
+def test_a_branch_beside_the_tool_does_not_carry_it(llm: HuggingFacePipeline, monitor: RecordingMonitor) -> None:
     fan = RunnableParallel(rows=RunnableLambda(lambda x: {"table": x}) | count_rows, words=llm)
     chain = fan | RunnableLambda(lambda both: f"note: {both['rows']}") | llm
     chain.invoke("sales", config_of(NLACallbackHandler(monitor, llm=llm)))
     assert [session.context.tool for session in monitor.sessions] == [None, "count_rows"]
 
 
-def test_another_agent_at_the_same_time_does_not_carry_the_tool(llm, monitor) -> None:
+def test_another_agent_at_the_same_time_does_not_carry_the_tool(
+    llm: HuggingFacePipeline, monitor: RecordingMonitor
+) -> None:
     handler = NLACallbackHandler(monitor, llm=llm)
     middle = threading.Barrier(2, timeout=30)
 
@@ -198,7 +210,7 @@ def test_another_agent_at_the_same_time_does_not_carry_the_tool(llm, monitor) ->
     assert tools == {str(configs[0]["run_id"]): "count_rows", str(configs[1]["run_id"]): None}
 
 
-def test_a_retry_after_an_error_still_reads_the_tool(llm, monitor) -> None:
+def test_a_retry_after_an_error_still_reads_the_tool(llm: HuggingFacePipeline, monitor: RecordingMonitor) -> None:
     handler = NLACallbackHandler(monitor, llm=llm)
     chain, first, second = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
     handler.on_chain_start({}, {}, run_id=chain)
@@ -213,7 +225,7 @@ def test_a_retry_after_an_error_still_reads_the_tool(llm, monitor) -> None:
     assert handler.stats.open_runs == 0
 
 
-def test_a_failed_tool_has_no_result(llm, monitor) -> None:
+def test_a_failed_tool_has_no_result(llm: HuggingFacePipeline, monitor: RecordingMonitor) -> None:
     handler = NLACallbackHandler(monitor, llm=llm)
 
     @tool
@@ -231,7 +243,9 @@ def test_a_failed_tool_has_no_result(llm, monitor) -> None:
     assert handler.stats.open_runs == 0
 
 
-def test_tool_messages_name_their_tool_for_a_chat_model(model, tokenizer, monitor) -> None:
+def test_tool_messages_name_their_tool_for_a_chat_model(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monitor: RecordingMonitor
+) -> None:
     chat = ChatNLAModel(model=model, tokenizer=tokenizer, max_new_tokens=2)
     asked = AIMessage("", tool_calls=[{"name": "read_file", "args": {}, "id": "7"}])
     chat.invoke(
@@ -240,24 +254,27 @@ def test_tool_messages_name_their_tool_for_a_chat_model(model, tokenizer, monito
     assert monitor.sessions[0].context.tool == "read_file"
 
 
-def test_graph_node_and_conversation_come_from_the_metadata(llm, monitor) -> None:
+def test_graph_node_and_conversation_come_from_the_metadata(
+    llm: HuggingFacePipeline, monitor: RecordingMonitor
+) -> None:
     metadata = {"langgraph_node": "agent", "thread_id": "conversation-9"}
     llm.invoke("x", config_of(NLACallbackHandler(monitor, llm=llm), metadata=metadata))
-    llm.invoke("x", config_of(NLACallbackHandler(monitor, llm=llm), configurable={"thread_id": "t1"}))
+    chain = RunnableLambda(lambda x: x) | llm
+    chain.invoke("x", config_of(NLACallbackHandler(monitor, llm=llm), configurable={"thread_id": "t1"}))
     first, second = (session.context for session in monitor.sessions)
     assert (first.node, first.conversation_id) == ("agent", "conversation-9")
     assert (second.node, second.conversation_id) == (None, "t1")
 
 
-def test_the_callers_trace_goes_with_the_session_and_is_left_alone(any_llm, monitor) -> None:
+def test_the_callers_trace_goes_with_the_session_and_is_left_alone(any_llm: Any, monitor: RecordingMonitor) -> None:
     handler = NLACallbackHandler(monitor, llm=any_llm)
     tracer = TracerProvider().get_tracer("test")
     with tracer.start_as_current_span("agent") as span:
         call(any_llm, "stream", "x", config_of(handler))
         assert trace.get_current_span() is span
     context = span.get_span_context()
-    expected = f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
-    assert [session.traceparent for session in monitor.sessions] == [expected]
+    expected = f"00-{context.trace_id:032x}-{context.span_id:016x}-"
+    assert [session.traceparent[:-2] for session in monitor.sessions] == [expected]
     call(any_llm, "invoke", "x", config_of(handler))
     assert monitor.sessions[-1].traceparent is None
 
@@ -266,7 +283,7 @@ def test_the_callers_trace_goes_with_the_session_and_is_left_alone(any_llm, moni
 
 
 @pytest.mark.parametrize("end", ["close", "forget"])
-def test_a_cancelled_stream_leaves_nothing_open(any_llm, monitor, end) -> None:
+def test_a_cancelled_stream_leaves_nothing_open(any_llm: Any, monitor: RecordingMonitor, end: str) -> None:
     handler = NLACallbackHandler(monitor, llm=any_llm)
     stream = any_llm.stream("hello", config_of(handler))
     next(stream)
@@ -278,7 +295,9 @@ def test_a_cancelled_stream_leaves_nothing_open(any_llm, monitor, end) -> None:
     assert handler.stats.open_calls == 0
 
 
-def test_a_cancelled_async_stream_leaves_nothing_open(model, tokenizer, monitor) -> None:
+def test_a_cancelled_async_stream_leaves_nothing_open(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monitor: RecordingMonitor
+) -> None:
     chat = ChatNLAModel(model=model, tokenizer=tokenizer, max_new_tokens=200)
     handler = NLACallbackHandler(monitor)
 
@@ -296,7 +315,7 @@ def test_a_cancelled_async_stream_leaves_nothing_open(model, tokenizer, monitor)
     assert (monitor.open, handler.stats.open_calls) == ([], 0)
 
 
-def test_what_never_ends_is_bounded_and_counted(monitor) -> None:
+def test_what_never_ends_is_bounded_and_counted(monitor: RecordingMonitor) -> None:
     clock = [0.0]
     tracker = Tracker(monitor, max_calls=10, max_runs=10, ttl_seconds=60, clock=lambda: clock[0])
     handler = NLACallbackHandler(monitor)
@@ -313,17 +332,19 @@ def test_what_never_ends_is_bounded_and_counted(monitor) -> None:
 
 
 class CharacterEncoder:
-    def encode_text(self, prompt, params) -> list[int]:
+    def encode_text(self, prompt: str, params: Any) -> list[int]:
         return [ord(letter) for letter in prompt]
 
-    def encode_messages(self, messages, params) -> list[int]:
+    def encode_messages(self, messages: list[BaseMessage], params: Any) -> list[int]:
         return [ord(letter) for message in messages for letter in message.text]
 
     def serves(self, model_type: str) -> bool:
         return True
 
 
-def test_a_handler_installed_twice_opens_one_session(any_llm, monitor, caplog) -> None:
+def test_a_handler_installed_twice_opens_one_session(
+    any_llm: Any, monitor: RecordingMonitor, caplog: pytest.LogCaptureFixture
+) -> None:
     one, two = (NLACallbackHandler(monitor, llm=any_llm) for _ in range(2))
     config = {"callbacks": [one, two], "run_id": uuid.uuid4()}
     for how in ("invoke", "stream"):
@@ -335,7 +356,9 @@ def test_a_handler_installed_twice_opens_one_session(any_llm, monitor, caplog) -
 
 
 @pytest.mark.parametrize("known", ["nothing", "another llm"])
-def test_an_api_model_is_counted_and_said_once(monitor, llm, caplog, known) -> None:
+def test_an_api_model_is_counted_and_said_once(
+    monitor: RecordingMonitor, llm: HuggingFacePipeline, caplog: pytest.LogCaptureFixture, known: str
+) -> None:
     handler = NLACallbackHandler(monitor, llm=llm if known == "another llm" else None)
     api = FakeListChatModel(responses=["fine"])
     for _ in range(3):
@@ -345,7 +368,9 @@ def test_an_api_model_is_counted_and_said_once(monitor, llm, caplog, known) -> N
     assert monitor.sessions == []
 
 
-def test_a_call_without_a_forward_pass_is_counted_and_said_once(monitor, tokenizer, caplog) -> None:
+def test_a_call_without_a_forward_pass_is_counted_and_said_once(
+    monitor: RecordingMonitor, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
     handler = NLACallbackHandler(monitor, tokenizer=tokenizer)
     for _ in range(3):
         FakeListLLM(responses=["fine"]).invoke("hi", config_of(handler))
@@ -356,7 +381,9 @@ def test_a_call_without_a_forward_pass_is_counted_and_said_once(monitor, tokeniz
     assert monitor.open == []
 
 
-def test_the_monitors_tokenizer_is_used_when_nothing_else_is_known(model, tokenizer, llm) -> None:
+def test_the_monitors_tokenizer_is_used_when_nothing_else_is_known(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, llm: HuggingFacePipeline
+) -> None:
     monitor = RecordingMonitor()
     handler = NLACallbackHandler(monitor)
     monitor.tokenizer = tokenizer
@@ -366,12 +393,14 @@ def test_the_monitors_tokenizer_is_used_when_nothing_else_is_known(model, tokeni
 
 
 class _Broken(RecordingMonitor):
-    def open_session(self, *args, **kwargs):
+    def open_session(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a fault of ours")
 
 
 @pytest.mark.parametrize("how", ["invoke", "stream"])
-def test_a_fault_of_ours_never_reaches_the_agent(any_llm, model, how, monkeypatch, caplog) -> None:
+def test_a_fault_of_ours_never_reaches_the_agent(
+    any_llm: Any, model: LlamaForCausalLM, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.delenv("NLA_MONITOR_STRICT")
     monitor = _Broken()
     call(any_llm, how, "hello", config_of(NLACallbackHandler(monitor, llm=any_llm)))
@@ -380,7 +409,9 @@ def test_a_fault_of_ours_never_reaches_the_agent(any_llm, model, how, monkeypatc
     assert caplog.text.count("a fault of ours\nTraceback") <= 1
 
 
-def test_an_error_of_the_model_reaches_the_caller_and_closes_the_session(monitor, llm, model) -> None:
+def test_an_error_of_the_model_reaches_the_caller_and_closes_the_session(
+    monitor: RecordingMonitor, llm: HuggingFacePipeline, model: LlamaForCausalLM
+) -> None:
     handler = NLACallbackHandler(monitor, llm=llm)
     hook = model.register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError("out of memory")))
     try:
@@ -391,9 +422,9 @@ def test_an_error_of_the_model_reaches_the_caller_and_closes_the_session(monitor
     assert (monitor.open, handler.stats.open_calls, handler.stats.without_activations) == ([], 0, {})
 
 
-def test_a_detached_monitor_is_said(llm, caplog) -> None:
+def test_a_detached_monitor_is_said(llm: HuggingFacePipeline, caplog: pytest.LogCaptureFixture) -> None:
     class Detached(RecordingMonitor):
-        def open_session(self, *args, **kwargs):
+        def open_session(self, *args: Any, **kwargs: Any) -> Any:
             return None
 
     handler = NLACallbackHandler(Detached(), llm=llm)
@@ -403,7 +434,7 @@ def test_a_detached_monitor_is_said(llm, caplog) -> None:
     assert caplog.text.count("attached to no model") == 1
 
 
-def test_unknown_end_events_and_odd_payloads_are_harmless(monitor, llm) -> None:
+def test_unknown_end_events_and_odd_payloads_are_harmless(monitor: RecordingMonitor, llm: HuggingFacePipeline) -> None:
     handler = NLACallbackHandler(monitor, llm=llm)
     nobody = uuid.uuid4()
     handler.on_llm_end(DONE, run_id=nobody)
@@ -421,12 +452,12 @@ def test_a_handler_needs_a_local_model() -> None:
         NLACallbackHandler(RecordingMonitor(), llm=FakeListLLM(responses=["x"]))
 
 
-def test_copies_are_the_handler_itself(monitor) -> None:
+def test_copies_are_the_handler_itself(monitor: RecordingMonitor) -> None:
     handler = NLACallbackHandler(monitor)
     assert copy.copy(handler) is copy.deepcopy(handler) is handler
 
 
-def test_a_watched_model_needs_no_config(llm, monitor) -> None:
+def test_a_watched_model_needs_no_config(llm: HuggingFacePipeline, monitor: RecordingMonitor) -> None:
     watched = watch(llm, monitor)
     chain = RunnableLambda(lambda x: x) | watched
     run_id = uuid.uuid4()
@@ -435,7 +466,7 @@ def test_a_watched_model_needs_no_config(llm, monitor) -> None:
     assert monitor.open == []
 
 
-def test_a_thousand_runs_leave_nothing_behind_and_an_event_costs_little(caplog) -> None:
+def test_a_thousand_runs_leave_nothing_behind_and_an_event_costs_little(caplog: pytest.LogCaptureFixture) -> None:
     monitor = RecordingMonitor()
     handler = NLACallbackHandler(monitor)
     handler._encoder = CharacterEncoder()
@@ -459,7 +490,7 @@ def test_a_thousand_runs_leave_nothing_behind_and_an_event_costs_little(caplog) 
     assert seconds / 6000 < 1e-3
 
 
-def test_the_tracker_goes_with_its_monitor(caplog) -> None:
+def test_the_tracker_goes_with_its_monitor(caplog: pytest.LogCaptureFixture) -> None:
     monitor = RecordingMonitor()
     NLACallbackHandler(monitor)
     assert tracker_for(monitor) is tracker_for(monitor)
@@ -471,7 +502,9 @@ def test_the_tracker_goes_with_its_monitor(caplog) -> None:
     assert mine not in trackers()
 
 
-def test_messages_of_ours_are_warnings_on_our_logger(monitor, caplog) -> None:
+def test_messages_of_ours_are_warnings_on_our_logger(
+    monitor: RecordingMonitor, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, logger="nla_monitor"):
         FakeListChatModel(responses=["x"]).invoke("hi", config_of(NLACallbackHandler(monitor)))
     assert {record.name for record in caplog.records} == {"nla_monitor"}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
-
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from nla_monitor_langchain.lineage import ToolLedger, ToolResult, result_needles, sequence_step, tool_of_messages
 
 
@@ -33,7 +34,7 @@ def read(ledger: ToolLedger, prompt: str, parent: str | None = None, step: int |
         (None, "None of it", True),
     ],
 )
-def test_a_result_is_found_by_its_text_in_the_prompt(output, prompt, found) -> None:
+def test_a_result_is_found_by_its_text_in_the_prompt(output: Any, prompt: str, found: bool) -> None:
     ledger = ToolLedger()
     ledger.add(result("t", output))
     assert bool(read(ledger, prompt)) is found
@@ -85,12 +86,14 @@ def call(name: str, key: str) -> AIMessage:
         ([ToolMessage("orphan", tool_call_id="9")], None),
     ],
 )
-def test_a_chat_prompt_reads_the_tool_messages_after_the_models_last_word(messages, tool) -> None:
+def test_a_chat_prompt_reads_the_tool_messages_after_the_models_last_word(
+    messages: list[BaseMessage], tool: str | None
+) -> None:
     assert tool_of_messages(messages) == tool
 
 
 @given(st.lists(st.text(max_size=12), max_size=5), st.integers(0, 99))
-def test_the_step_is_found_among_any_tags(tags, step) -> None:
+def test_the_step_is_found_among_any_tags(tags: list[str], step: int) -> None:
     others = [tag for tag in tags if not tag.startswith("seq:step:")]
     assert sequence_step(others) is None
     assert sequence_step([*others, f"seq:step:{step}"]) == step

@@ -1,0 +1,180 @@
+"""Where alerts go besides the database, and working the outbox with bounded, ever slower retries."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from nla_monitor.alerts.base import DeliveryError, Sink
+from nla_monitor.alerts.webhook import WebhookSink
+from nla_monitor.records import Alert, Severity
+
+__all__ = ["DeliveryError", "Drained", "LogSink", "Sink", "WebhookSink", "drain"]
+
+logger = logging.getLogger("nla_monitor.alerts")
+
+CLAIM_SECONDS: Final = 120.0
+"""How long a claimed item is hidden from other workers; longer than all sinks together may take for one."""
+FIRST_DELAY: Final = 2.0
+LONGEST_DELAY: Final = 600.0
+MAX_ATTEMPTS: Final = 12
+"""Over an hour of retries with the delays above."""
+
+
+class _Item(Protocol):
+    """One thing to tell, as the store keeps it."""
+
+    @property
+    def outbox_id(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def alert(self) -> Alert: ...
+    @property
+    def attempts(self) -> int: ...
+    @property
+    def delivered(self) -> tuple[str, ...]: ...
+
+
+class _Outbox(Protocol):
+    """What ``drain`` needs of the store; ``store.repository.Repository`` has it."""
+
+    def outbox_claim(self, limit: int, seconds: float) -> Sequence[_Item]: ...
+    def outbox_done(self, outbox_id: int) -> None: ...
+    def outbox_failed(
+        self,
+        outbox_id: int,
+        error: str,
+        retry_at: float | None,
+        *,
+        delivered: Sequence[str] = (),
+        attempted: bool = True,
+    ) -> None: ...
+
+
+class LogSink:
+    """One log line per alert, on logger ``nla_monitor.alerts``; warning from severity medium on, else info.
+
+    Args:
+        content: also log the quote (logs are often shipped elsewhere; off by default).
+        target: another logger.
+    """
+
+    name = "log"
+
+    def __init__(self, *, content: bool = False, target: logging.Logger | None = None) -> None:
+        self._content = content
+        self._logger = target or logger
+
+    def send(self, kind: str, alert: Alert) -> None:
+        """Log it."""
+        loud = kind == "fired" and alert.severity.rank >= Severity.MEDIUM.rank
+        self._logger.log(logging.WARNING if loud else logging.INFO, "%s", self._line(kind, alert))
+
+    def _line(self, kind: str, alert: Alert) -> str:
+        parts = [f"alert {alert.alert_id} {kind}: [{alert.severity}] {alert.rule_title} ({alert.rule_id})"]
+        parts.append(f"run {alert.run_id}")
+        if alert.last_step is not None:
+            parts.append(f"step {alert.last_step}")
+        parts.append(f"position {alert.position}")
+        parts.append(f"{alert.matches} matches")
+        if alert.fve is not None:
+            parts.append(f"fve {alert.fve:.3f} (denominator {alert.denominator_name})")
+        elif alert.cosine is not None:
+            parts.append(f"cosine {alert.cosine:.3f}")
+        parts.append(str(alert.calibration.get("status", "uncalibrated")))
+        if self._content and alert.quote:
+            parts.append(f"quote {alert.quote!r}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """What one pass over the outbox did."""
+
+    delivered: int = 0
+    """Items that every sink has now."""
+    delayed: int = 0
+    """Items to be tried again later."""
+    given_up: int = 0
+
+
+def drain(
+    outbox: _Outbox, sinks: Sequence[Sink], *, limit: int = 50, clock: Callable[[], float] = time.time
+) -> Drained:
+    """One pass over what is due in the outbox, oldest first; never raises for a sink.
+
+    A sink that fails is not asked again in this pass, so that a dead receiver costs one timeout, not one per alert. Its
+    items come back after ``FIRST_DELAY * 2 ** attempts`` seconds (at most ``LONGEST_DELAY``), ``MAX_ATTEMPTS`` times.
+
+    Raises:
+        StoreUnavailableError: the outbox can't be read or written; undone items come back.
+    """
+    delivery = _Pass(outbox, sinks, clock)
+    # One claim at a time: what this pass does not reach is not hidden from other workers.
+    for _ in range(limit):
+        items = outbox.outbox_claim(1, CLAIM_SECONDS)
+        if not items:
+            break
+        delivery.deliver(items[0])
+    return Drained(delivery.delivered, delivery.delayed, delivery.given_up)
+
+
+class _Pass:
+    """Working memory of one ``drain``."""
+
+    def __init__(self, outbox: _Outbox, sinks: Sequence[Sink], clock: Callable[[], float]) -> None:
+        self._outbox = outbox
+        self._sinks = sinks
+        self._clock = clock
+        self._down: dict[str, float] = {}
+        """Sinks that failed in this pass, and when to ask them again."""
+        self.delivered = 0
+        self.delayed = 0
+        self.given_up = 0
+
+    def deliver(self, item: _Item) -> None:
+        """Give an item to every sink that lacks it, and write down what came of it."""
+        have = set(item.delivered)
+        errors: dict[str, DeliveryError] = {}
+        waiting = False
+        for sink in self._sinks:
+            if sink.name in have:
+                continue
+            if sink.name in self._down:
+                waiting = True
+                continue
+            try:
+                sink.send(item.kind, item.alert)
+            except DeliveryError as error:
+                errors[sink.name] = error
+            else:
+                have.add(sink.name)
+        self._settle(item, have, errors, waiting)
+
+    def _settle(self, item: _Item, have: set[str], errors: dict[str, DeliveryError], waiting: bool) -> None:
+        now = self._clock()
+        again = now + min(FIRST_DELAY * 2**item.attempts, LONGEST_DELAY)
+        transient = [name for name, error in errors.items() if not error.permanent]
+        self._down |= dict.fromkeys(transient, again)
+        text = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        if not errors and not waiting:
+            self._outbox.outbox_done(item.outbox_id)
+            self.delivered += 1
+        elif waiting or (transient and item.attempts + 1 < MAX_ATTEMPTS):
+            retry_at = max([again, *self._down.values()]) if errors else max(self._down.values())
+            self._outbox.outbox_failed(
+                item.outbox_id,
+                text or f"put off: {', '.join(self._down)} failed just now",
+                retry_at,
+                delivered=sorted(have),
+                attempted=bool(errors),
+            )
+            self.delayed += 1
+        else:
+            logger.error("alert %s (%s) was not delivered and is given up: %s", item.alert.alert_id, item.kind, text)
+            self._outbox.outbox_failed(item.outbox_id, text, None, delivered=sorted(have))
+            self.given_up += 1

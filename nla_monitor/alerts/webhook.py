@@ -1,0 +1,169 @@
+"""Alerts as JSON by HTTP, in the shape of Alertmanager's webhook (version 4), which many receivers understand.
+
+Labels hold only what is stable and has few values; everything else is an annotation. What the model said or read
+(quote, explanation, context) leaves the machine only when asked for.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+from urllib.parse import urlsplit, urlunsplit
+
+from nla_monitor.alerts.base import DeliveryError
+from nla_monitor.errors import ConfigError
+from nla_monitor.records import Alert, AlertState
+
+_NEVER: Final = "0001-01-01T00:00:00Z"
+_AGAIN: Final = frozenset({408, 425, 429})
+"""Refusals (4xx) that may end by themselves."""
+
+
+class WebhookSink:
+    """Posts each fired or resolved alert to a URL.
+
+    Safe for several threads. Redirects are not followed: they would turn the POST into a GET.
+
+    Args:
+        url: ``http://`` or ``https://``; a user and password in it become a Basic ``Authorization`` header.
+        timeout: seconds of silence after which a delivery counts as failed.
+        content: also send quote, explanation and context.
+        headers: sent along, for instance ``Authorization``.
+        external_url: where a person finds the monitor; the ``generatorURL``.
+        name: how the outbox remembers that this sink has an item.
+
+    Raises:
+        ConfigError: the URL is no http(s) URL.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 5.0,
+        content: bool = False,
+        headers: Mapping[str, str] | None = None,
+        external_url: str = "",
+        name: str = "webhook",
+    ) -> None:
+        self.name = name
+        self._timeout = timeout
+        self._content = content
+        self._external_url = external_url
+        self._headers = {"Content-Type": "application/json", "User-Agent": "nla-monitor"}
+        self._url, self._shown = self._split(url)
+        self._headers |= headers or {}
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def _split(self, url: str) -> tuple[str, str]:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise ConfigError("alerts.webhook is no URL; give http://HOST/PATH or https://HOST/PATH") from error
+        if parts.scheme not in ("http", "https") or not host:
+            raise ConfigError("alerts.webhook must be an http:// or https:// URL with a host")
+        if parts.username is not None:
+            pair = base64.b64encode(f"{parts.username}:{parts.password or ''}".encode()).decode()
+            self._headers["Authorization"] = f"Basic {pair}"
+        bare = f"[{host}]" if ":" in host else host
+        place = f"{bare}:{port}" if port else bare
+        # Paths and queries of webhooks hold tokens: only the host is ever shown.
+        return urlunsplit((parts.scheme, place, parts.path, parts.query, "")), f"{parts.scheme}://{place}"
+
+    def send(self, kind: str, alert: Alert) -> None:
+        """Deliver one item.
+
+        Raises:
+            DeliveryError: refused, unreachable or silent for too long.
+        """
+        del kind  # the alert's state says it
+        body = json.dumps(payload(alert, content=self._content, external_url=self._external_url)).encode()
+        request = urllib.request.Request(self._url, data=body, headers=self._headers, method="POST")  # noqa: S310 -- scheme checked above
+        try:
+            with self._opener.open(request, timeout=self._timeout):
+                return
+        except urllib.error.HTTPError as error:
+            error.close()
+            refused = 300 <= error.code < 500 and error.code not in _AGAIN
+            raise DeliveryError(f"{self._shown} answered {error.code}", permanent=refused) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise DeliveryError(f"{self._shown}: {reason or type(error).__name__}") from error
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
+        """Follow none: urllib then raises the redirect as an error."""
+
+
+def payload(alert: Alert, *, content: bool = False, external_url: str = "") -> dict[str, Any]:
+    """The webhook's JSON (https://prometheus.io/docs/alerting/latest/configuration/#webhook_config)."""
+    labels = _labels(alert)
+    annotations = _annotations(alert, content=content)
+    return {
+        "version": "4",
+        "groupKey": f'{{}}:{{alertname="{labels["alertname"]}", fingerprint="{alert.fingerprint}"}}',
+        "truncatedAlerts": 0,
+        "status": str(alert.state),
+        "receiver": "nla_monitor",
+        "groupLabels": {"alertname": labels["alertname"]},
+        "commonLabels": labels,
+        "commonAnnotations": annotations,
+        "externalURL": external_url,
+        "alerts": [
+            {
+                "status": str(alert.state),
+                "labels": labels,
+                "annotations": annotations,
+                "startsAt": _rfc3339(alert.fired_at),
+                "endsAt": _rfc3339(alert.resolved_at) if alert.state is AlertState.RESOLVED else _NEVER,
+                "generatorURL": external_url,
+                "fingerprint": alert.fingerprint,
+            }
+        ],
+    }
+
+
+def _labels(alert: Alert) -> dict[str, str]:
+    return {
+        "alertname": "NlaMonitorRuleFired",
+        "rule": alert.rule_id,
+        "severity": str(alert.severity),
+        "run": alert.run_id,
+        "source": "agent" if alert.agent else "train",
+    }
+
+
+def _annotations(alert: Alert, *, content: bool) -> dict[str, str]:
+    facts: dict[str, object] = {
+        "summary": alert.rule_title,
+        "alert_id": alert.alert_id,
+        "rule_version": alert.rule_version,
+        "runbook_url": alert.runbook,
+        "group": json.dumps(dict(alert.group), sort_keys=True, default=str) if alert.group else None,
+        "matches": alert.matches,
+        "first_step": alert.first_step,
+        "last_step": alert.last_step,
+        "position": alert.position,
+        "cosine": alert.cosine,
+        "fve": alert.fve,
+        "fve_denominator": alert.denominator_name,
+        "calibration": alert.calibration.get("status", "uncalibrated"),
+        "traceparent": alert.traceparent,
+    }
+    if content:
+        facts |= {"quote": alert.quote, "explanation": alert.explanation, "context": alert.context}
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _rfc3339(seconds: float | None) -> str:
+    if seconds is None:
+        return _NEVER
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,430 @@
+"""``Capture``: takes activations of a model that somebody else runs, without that run noticing.
+
+A forward is planned in a pre-hook, gathered behind block K and handed over after the model's own forward; all three run
+in the host's thread, inside the guard, and wait for nothing. Everything that takes time (waiting for the copy,
+matching sessions, decoding text, writing) happens on one background thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla_monitor.capture import generation as generations
+from nla_monitor.capture import sampling
+from nla_monitor.capture.assembly import Assembler, Job, Origin, Owners, TokenText
+from nla_monitor.capture.generation import Generation
+from nla_monitor.capture.layers import find_blocks
+from nla_monitor.capture.planning import Plan, is_continuation, is_recompute, job_of, usable
+from nla_monitor.capture.sampling import Choice, build_policy
+from nla_monitor.capture.session import SessionRegistry, SessionView
+from nla_monitor.capture.staging import StagedJob, Stager
+from nla_monitor.capture.tap import OUTER, ResidualTap, Signals, Slots
+from nla_monitor.config import CaptureConfig, QueueConfig
+from nla_monitor.errors import AttachError
+from nla_monitor.guard import Guard
+from nla_monitor.records import ActivationSample, Phase, Scalar
+
+_MAX_IN_FLIGHT = 64
+BUSY = "busy"
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureStats:
+    """Counters since construction."""
+
+    forwards: int
+    """Forward passes seen."""
+    sampled: int
+    """Samples built."""
+    written: int
+    """Samples that the sink took."""
+    dropped: dict[str, int]
+    """Samples lost, by reason."""
+    skipped: dict[str, int]
+    """Forward passes that could not be read, by reason."""
+    unmatched_sessions: int
+    """Ended agent sessions of which no forward was seen."""
+
+
+class _Local(threading.local):
+    """What one host thread is doing."""
+
+    level: int | None = None
+    """Level of the hook that opened the current forward."""
+    plan: Plan | None = None
+    generation: Generation | None = None
+    phase: Phase | None = None
+    attributes: Mapping[str, Scalar] = {}
+    paused: int = 0
+
+
+class Capture:
+    """Samples the residual stream of one model behind block ``layer``.
+
+    Args:
+        config: what is sampled.
+        run_id: run of every sample.
+        layer: K; the output of decoder block K, ``hidden_states[K + 1]``, is read.
+        sink: gets batches of samples on the background thread; may raise ``StoreUnavailableError`` to be tried again.
+        guard: takes our faults.
+        queue: bounds of the hand-over.
+        tokenizer: resolves triggers and special tokens, decodes text; copied, never used itself.
+        rank: of this process among those that train together.
+        on_sampled: called with the number of samples built, on the background thread.
+        on_dropped: called with ``(reason, number)``.
+
+    Raises:
+        ConfigError: a trigger is no single token, or nothing could ever be sampled (at ``attach`` where special tokens
+            depend on the model).
+    """
+
+    def __init__(
+        self,
+        config: CaptureConfig,
+        *,
+        run_id: str,
+        layer: int,
+        sink: Callable[[Sequence[ActivationSample]], None],
+        guard: Guard,
+        queue: QueueConfig,
+        tokenizer: Any = None,
+        rank: int = 0,
+        on_sampled: Callable[[int], None] | None = None,
+        on_dropped: Callable[[str, int], None] | None = None,
+    ) -> None:
+        self.guard = guard
+        self.layer = layer
+        self.sessions = SessionRegistry()
+        self._config = config
+        self._tokenizer = tokenizer
+        self._run_id = run_id
+        self._rank = rank
+        self._text = TokenText(tokenizer) if config.store_text else None
+        self._policy = build_policy(config, tokenizer)
+        self._assembler = self._make_assembler()
+        self._stager = Stager(self._build, sink, guard, queue, on_sampled=on_sampled, on_dropped=on_dropped)
+        self._local = _Local()
+        self._free: deque[Slots] = deque()
+        self._slots_made = 0
+        self._tap: ResidualTap | None = None
+        self._model: nn.Module | None = None
+        self._step: int | None = None
+        self._attributes: Mapping[str, Scalar] = {}
+        self._budget = 0
+        self._train_forwards = 0
+        self._wanted: dict[torch.device, tuple[int, Tensor | None]] = {}
+        self._count_lock = threading.Lock()
+        self._forwards = self._planned = self._tapped = 0
+        self._skipped: Counter[str] = Counter()
+
+    # What the host calls.
+
+    def attach(self, model: nn.Module) -> None:
+        """Put the tap on ``model``, the module whose forward the host calls; before its first compiled call.
+
+        Attaching to the same model again does nothing. Weights, outputs and gradients stay as they are.
+
+        Raises:
+            AttachError: no decoder blocks, layer out of range, or this capture is on another model.
+            ConfigError: see the class.
+        """
+        if self._tap is not None:
+            if model is self._model:
+                return
+            raise AttachError(
+                f"this capture is already attached to a {type(self._model).__name__}; detach() it first, or use one "
+                "monitor for each model"
+            )
+        found = find_blocks(model)
+        self._policy = build_policy(self._config, self._tokenizer, getattr(found.base, "config", None))
+        self._assembler = self._make_assembler()
+        self._tap = ResidualTap(self, model, found, self.layer)
+        self._model = model
+
+    def detach(self) -> None:
+        """Take the tap off; samples under way are still written."""
+        if self._tap is not None:
+            self._tap.remove()
+        self._tap = self._model = None
+        self._free.clear()
+        self._slots_made = 0
+
+    def step(self, step: int, **attributes: Scalar) -> None:
+        """The following forwards belong to optimizer step ``step``; its micro-batches share the budget of sequences."""
+        if step != self._step:
+            self._budget = 0
+        self._step = step
+        self._attributes = attributes
+
+    @contextmanager
+    def phase(self, phase: Phase, **attributes: Scalar) -> Iterator[None]:
+        """Forwards of this thread are of this phase, whatever they look like, and carry these attributes."""
+        local = self._local
+        before = local.phase, local.attributes
+        local.phase, local.attributes = Phase(phase), {**local.attributes, **attributes}
+        try:
+            yield
+        finally:
+            local.phase, local.attributes = before
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Forwards of this thread are not captured."""
+        self._local.paused += 1
+        try:
+            yield
+        finally:
+            self._local.paused -= 1
+
+    def flush(self, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds until everything captured is written; False if it is not."""
+        return self._stager.flush(timeout)
+
+    def close(self, timeout: float) -> bool:
+        """Detach, write what is there within ``timeout`` seconds, stop; False if something was dropped."""
+        self.detach()
+        return self._stager.close(timeout)
+
+    @property
+    def stats(self) -> CaptureStats:
+        """Counters since construction."""
+        return CaptureStats(
+            forwards=self._forwards,
+            sampled=self._stager.sampled,
+            written=self._stager.written,
+            dropped=self._stager.dropped,
+            skipped=dict(self._skipped),
+            unmatched_sessions=self.sessions.unmatched,
+        )
+
+    @property
+    def depth(self) -> int:
+        """Samples in memory, not yet written."""
+        return self._stager.depth
+
+    def check_fired(self, expected: int = 1) -> str | None:
+        """After the first steps: what is wrong if nothing could be captured; None if all is well.
+
+        Args:
+            expected: forwards that the host knows it has run since ``attach``.
+        """
+        if self._tapped or (self._forwards and not self._planned and not self._skipped):
+            return None
+        number = max(expected, self._forwards)
+        if not number:
+            return None
+        return f"captured 0 of {number} expected forwards at layer {self.layer}: {self._why_nothing()}"
+
+    def _why_nothing(self) -> str:
+        path = self._tap.path if self._tap is not None else "(detached)"
+        late = (
+            "Most often the model was compiled and called before it was attached: attach before the first compiled "
+            "call, or call torch._dynamo.reset() once after attaching"
+        )
+        if not self._forwards:
+            return f"no forward of the attached model was seen. {late}; or another model object is the one that runs"
+        if self._planned:
+            return f"the hook on {path} never fired. {late}"
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in self._skipped.items())
+        return f"no forward could be read: {reasons}. Pass input_ids to the model as a [batch, seq] tensor"
+
+    # What the hooks call, inside the guard.
+
+    def begin(self, signals: Signals, level: int) -> None:
+        """Plan the forward that starts in this thread (``tap.Receiver``)."""
+        local = self._local
+        if level != OUTER and local.level is not None:
+            return  # the model's own hook has planned it, with labels
+        self._release(local)
+        if local.paused or not self._stager.alive or is_recompute():
+            return
+        local.level = level
+        with self._count_lock:
+            self._forwards += 1
+        # Our tensors must be ordinary ones even where the host's are inference tensors.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            local.plan = self._plan(signals, local)
+        if local.plan is not None:
+            with self._count_lock:
+                self._planned += 1
+
+    def tap(self, hidden: Tensor) -> None:
+        """Gather the planned rows of block K's output ``[batch, seq, d_model]`` (``tap.Receiver``)."""
+        plan = self._local.plan
+        if plan is None or plan.tapped:
+            return
+        if hidden.numel() != plan.tokens * hidden.shape[-1]:
+            # Virtual tokens or packing: rows are not what input_ids say; indexing them could read out of range.
+            self._skip("shape_mismatch")
+            self._release(self._local, keep_level=True)
+            return
+        with torch.inference_mode(mode=False), torch.no_grad():
+            plan.slots.gather(hidden)
+        plan.tapped = True
+        with self._count_lock:
+            self._tapped += 1
+
+    def end(self, level: int) -> None:
+        """Hand over what was gathered (``tap.Receiver``)."""
+        local = self._local
+        if local.level != level:
+            return
+        plan = local.plan
+        try:
+            if plan is not None and plan.tapped:
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    self._stager.put_nowait(job_of(plan))
+        finally:
+            self._release(local)
+
+    # Planning.
+
+    def _plan(self, signals: Signals, local: _Local) -> Plan | None:
+        ids = signals.ids
+        if ids is None or ids.dim() != 2 or ids.device.type == "meta":
+            self._skip("no_input_ids")
+            return None
+        origin, agent = self._origin(signals, local)
+        if is_continuation(signals, ids, local.generation):
+            return self._plan_decode(signals, ids, origin, local)
+        local.generation = None
+        if not self._in_scope(origin.phase, agent=agent):
+            return None
+        return self._plan_sequences(signals, ids, origin, local, agent=agent)
+
+    def _plan_sequences(
+        self, signals: Signals, ids: Tensor, origin: Origin, local: _Local, *, agent: bool
+    ) -> Plan | None:
+        policy = self._policy
+        real = sampling.real_tokens(ids, signals.mask, policy.pad_id)
+        choice = sampling.choose(
+            policy,
+            ids,
+            real,
+            usable(signals.labels, ids),
+            limit=self._limit(origin.phase, ids.shape[0]),
+            wanted=self._wanted_on(ids.device, origin.sessions) if agent else None,
+            agent=agent,
+        )
+        if choice is None:
+            return None
+        owners = Owners()
+        if agent:
+            local.generation = generations.start(policy, choice, ids, real, signals.cache)
+            owners = local.generation.owners
+        return self._open(choice, origin, owners, ids)
+
+    def _plan_decode(self, signals: Signals, ids: Tensor, origin: Origin, local: _Local) -> Plan | None:
+        generation = local.generation
+        if generation is None:
+            return None  # no agent's: its prompt pass was read as what it was
+        if not generation.continues(ids, signals.cache):
+            self._skip("cached_continuation")
+            local.generation = None
+            return None
+        if self._policy.positions == "prompt":
+            return None
+        choice, index = generations.advance(self._policy, generation, ids)
+        return None if choice is None else self._open(choice, origin, generation.owners, ids, generated=index)
+
+    def _open(
+        self, choice: Choice, origin: Origin, owners: Owners, ids: Tensor, generated: int | None = None
+    ) -> Plan | None:
+        slots = self._acquire()
+        if slots is None:
+            self._stager.drop(BUSY, choice.meta.shape[0])
+            return None
+        slots.plan(choice.index)
+        return Plan(choice, slots, origin, owners, ids.numel(), generated)
+
+    def _origin(self, signals: Signals, local: _Local) -> tuple[Origin, bool]:
+        """Where a forward comes from, and whether an agent's rows may be in it."""
+        step, explicit = self._step, local.phase
+        trains = signals.grad and (signals.training or step is not None)
+        phase = explicit or (Phase.TRAIN if trains else Phase.EVAL)
+        view = self.sessions.view
+        agent = phase is Phase.AGENT or (explicit is None and not trains and bool(view))
+        origin = Origin(
+            phase=phase,
+            step=step,
+            attributes={**self._attributes, **local.attributes},
+            captured_at=time.time(),
+            sessions=view if agent else SessionView(),
+            thread_session=view.of_thread(threading.get_ident()) if agent else None,
+        )
+        return origin, agent
+
+    def _in_scope(self, phase: Phase, *, agent: bool) -> bool:
+        if phase not in self._config.phases and not (agent and Phase.AGENT in self._config.phases):
+            return False
+        if phase is not Phase.TRAIN:
+            return True
+        number = self._train_forwards if self._step is None else self._step
+        self._train_forwards += 1
+        return number % self._config.every_n_steps == 0
+
+    def _limit(self, phase: Phase, batch: int) -> int:
+        """Sequences that may still be chosen: of an optimizer step in training, of this forward otherwise."""
+        limit = self._config.sequences_per_step
+        if phase is not Phase.TRAIN or self._step is None:
+            return limit
+        with self._count_lock:
+            left = max(0, limit - self._budget)
+            self._budget += min(batch, left)
+        return left
+
+    def _wanted_on(self, device: torch.device, view: SessionView) -> Tensor | None:
+        version, tensor = self._wanted.get(device, (-1, None))
+        if version != view.version:
+            hashes = list(view.by_sequence)
+            tensor = torch.tensor(hashes, dtype=torch.int64, device=device) if hashes else None
+            self._wanted[device] = (view.version, tensor)
+        return tensor
+
+    # Helpers.
+
+    def _acquire(self) -> Slots | None:
+        try:
+            return self._free.pop()
+        except IndexError:
+            pass
+        tap = self._tap
+        if tap is None or self._slots_made >= _MAX_IN_FLIGHT:
+            return None
+        self._slots_made += 1
+        return Slots(max(self._policy.slots, 1), tap.device)
+
+    def _release(self, local: _Local, *, keep_level: bool = False) -> None:
+        plan, local.plan = local.plan, None
+        if not keep_level:
+            local.level = None
+        if plan is not None:
+            self._free.append(plan.slots)
+
+    def _skip(self, reason: str) -> None:
+        with self._count_lock:
+            self._skipped[reason] += 1
+
+    def _make_assembler(self) -> Assembler:
+        return Assembler(
+            self._policy,
+            run_id=self._run_id,
+            layer=self.layer,
+            rank=self._rank,
+            phases=self._config.phases,
+            text=self._text,
+        )
+
+    def _build(self, job: StagedJob) -> tuple[list[ActivationSample], int]:
+        if not isinstance(job, Job):
+            raise TypeError(f"the stager gave a {type(job).__name__}, not a Job")
+        return self._assembler.build(job)

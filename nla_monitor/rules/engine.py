@@ -1,0 +1,110 @@
+"""A set of rules: what the worker and the CLI hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path as FilePath
+
+from nla_monitor.errors import RuleError
+from nla_monitor.records import Match, Reading, RuleHeader, WindowVerdict
+from nla_monitor.rules.embedded import RuleTestResult, run_rule_tests
+from nla_monitor.rules.evaluate import evaluate_rules
+from nla_monitor.rules.loader import find_files, load_file
+from nla_monitor.rules.problems import nearest
+from nla_monitor.rules.rule import Rule
+from nla_monitor.rules.window import judge, window_start
+
+
+class RuleSet:
+    """Rules with different ids. Immutable; may be shared between threads."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self.rules: tuple[Rule, ...] = tuple(rules)
+        self._by_id: dict[str, Rule] = {}
+        for rule in self.rules:
+            if other := self._by_id.get(rule.id):
+                raise RuleError(
+                    f"rule id {rule.id!r} is used twice; first in {other.file}",
+                    file=rule.file,
+                    line=rule.lines.get(("id",)),
+                    key="id",
+                )
+            self._by_id[rule.id] = rule
+        self.headers: dict[str, RuleHeader] = {rule.id: rule.header for rule in self.rules}
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    def get(self, rule_id: str) -> Rule:
+        """The rule of that id.
+
+        Raises:
+            RuleError: there is none; names the nearest.
+        """
+        if rule_id not in self._by_id:
+            raise RuleError(f"no rule is called {rule_id!r}; {nearest(rule_id, self._by_id)}")
+        return self._by_id[rule_id]
+
+    def evaluate(self, readings: Sequence[Reading]) -> list[Match]:
+        """Matches of all rules, by reading and rule in the order given. Pure: same readings, same matches."""
+        return [match for reading in readings for match in evaluate_rules(self.rules, reading)]
+
+    def window_start(self, rule_id: str, *, step: int | None, now: float) -> tuple[int | None, float | None]:
+        """Which stored matches a verdict needs: with a step above the first, or (no step) a time above the second.
+
+        None means no bound on that axis.
+        """
+        return window_start(self.get(rule_id).spec.window, step=step, now=now)
+
+    def window(self, rule_id: str, matches: Sequence[Match], *, step: int | None, now: float) -> WindowVerdict:
+        """Whether the rule's window holds for the matches of one group at a moment. Pure; see ``window.judge``."""
+        return judge(self.get(rule_id).spec.window, matches, step=step, now=now)
+
+    def moments(self, matches: Iterable[Match], *, step: int | None, now: float) -> list[tuple[int | None, float]]:
+        """The moments at which new matches of one group must be judged, oldest first; the last is the present.
+
+        A batch may span more steps than a window: judged only at its end, an early burst would go unseen, and the
+        outcome would depend on the size of the batch.
+        """
+        seen = {(match.step, match.captured_at if match.step is None else now) for match in matches}
+        past = sorted(seen, key=lambda moment: (moment[0] if moment[0] is not None else -1, moment[1]))
+        return [*(moment for moment in past if moment != (step, now)), (step, now)]
+
+    def run_tests(self) -> list[RuleTestResult]:
+        """The embedded tests of all rules."""
+        return [result for rule in self.rules for result in run_rule_tests(rule)]
+
+    def verify(self) -> None:
+        """Runs the embedded tests.
+
+        Raises:
+            RuleError: the first one that failed, with file, line and key; the others as notes.
+        """
+        failed = [result for result in self.run_tests() if not result.passed]
+        if not failed:
+            return
+        errors = [
+            RuleError(
+                f"test of {result.rule_id!r} failed: {result.text[:80]!r} {result.message}",
+                file=result.file,
+                line=result.line,
+                key=result.key,
+            )
+            for result in failed
+        ]
+        for other in errors[1:]:
+            errors[0].add_note(str(other))
+        raise errors[0]
+
+
+def load_rules(names: Sequence[str]) -> RuleSet:
+    """Rules from pack names, files and folders; a file named twice is read once.
+
+    Raises:
+        RuleError: nothing of that name, a malformed rule (file, line, key), or one id in two files.
+    """
+    files: dict[FilePath, FilePath] = {}
+    for name in [names] if isinstance(names, str) else names:
+        for file in find_files(name):
+            files.setdefault(file.resolve(), file)
+    return RuleSet(load_file(file) for file in files.values())

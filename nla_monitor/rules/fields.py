@@ -1,0 +1,131 @@
+"""The names that rules may use for what is known of a reading, and how to get their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from nla_monitor.records import AgentContext, Fidelity, Phase, Reading, Scalar
+from nla_monitor.rules.problems import nearest
+
+Kind = Literal["number", "text", "bool", "any"]
+META: Final = "meta."
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One name: its kind, its valid values where they are few, and how to read it."""
+
+    name: str
+    kind: Kind
+    get: Callable[[Reading], Scalar]
+    choices: tuple[str, ...] = ()
+
+
+def _sample(name: str) -> Callable[[Reading], Scalar]:
+    def get(reading: Reading) -> Scalar:
+        value: Scalar = getattr(reading.sample, name)
+        return value
+
+    return get
+
+
+def _explanation(name: str) -> Callable[[Reading], Scalar]:
+    def get(reading: Reading) -> Scalar:
+        value: Scalar = getattr(reading.explanation, name)
+        return value
+
+    return get
+
+
+def _fidelity(name: str) -> Callable[[Reading], Scalar]:
+    def get(reading: Reading) -> Scalar:
+        fidelity: Fidelity | None = reading.fidelity
+        return None if fidelity is None else getattr(fidelity, name)
+
+    return get
+
+
+def _agent(name: str) -> Callable[[Reading], Scalar]:
+    def get(reading: Reading) -> Scalar:
+        agent: AgentContext | None = reading.sample.agent
+        return None if agent is None else getattr(agent, name)
+
+    return get
+
+
+def _meta(name: str) -> Callable[[Reading], Scalar]:
+    return lambda reading: reading.sample.attributes.get(name)
+
+
+_ALL: Final = (
+    *(Field(f"fidelity.{name}", "number", _fidelity(name)) for name in ("cosine", "mse_nrm", "fve", "denominator")),
+    Field("fidelity.denominator_name", "text", _fidelity("denominator_name")),
+    *(
+        Field(name, "number", _sample(name))
+        for name in ("norm", "step", "position", "layer", "rank", "token_id", "captured_at")
+    ),
+    Field("inclusion_probability", "number", _sample("inclusion_probability")),
+    Field("phase", "text", _sample("phase"), tuple(Phase)),
+    *(
+        Field(name, "text", _sample(name))
+        for name in ("role", "trigger", "run_id", "sequence_id", "token_text", "context")
+    ),
+    Field("explanation.truncated", "bool", _explanation("truncated")),
+    Field("explanation.tokens", "number", _explanation("tokens")),
+    Field("explanation.av_hash", "text", _explanation("av_hash")),
+    *(
+        Field(f"agent.{name}", "text", _agent(name))
+        for name in ("agent_run_id", "parent_run_id", "root_run_id", "tool", "node", "conversation_id")
+    ),
+    Field("agent.generated", "bool", _agent("generated")),
+    Field("agent.token_index", "number", _agent("token_index")),
+)
+FIELDS: Final[Mapping[str, Field]] = {field.name: field for field in _ALL}
+"""Known names; ``meta.<key>`` is open: what the host passed to ``Monitor.step(**attributes)``."""
+
+GROUP_KEYS: Final = (
+    *("run_id", "rule", "phase", "step", "sequence_id", "role", "trigger", "layer"),
+    *(name for name in FIELDS if name.startswith("agent.") and name != "agent.token_index"),
+)
+"""What a window may be grouped by, beside ``meta.<key>``."""
+
+PREFIXES: Final = ("fidelity", "explanation", "agent", "meta")
+TOP_LEVEL: Final = tuple(sorted({name.partition(".")[0] for name in FIELDS} | {"meta"}))
+"""Names that a CEL condition may use beside the selections."""
+
+
+def find_field(name: str) -> Field | None:
+    """The field of that name, ``meta.<key>`` included."""
+    if name.startswith(META) and len(name) > len(META):
+        return Field(name, "any", _meta(name.removeprefix(META)))
+    return FIELDS.get(name)
+
+
+def unknown_field(name: str, also: Iterable[str] = ()) -> str:
+    """What to say of a name that is no field."""
+    return f"unknown field {name!r}; {nearest(name, [*FIELDS, 'meta.<key>', *also])}"
+
+
+def variables(reading: Reading) -> dict[str, Any]:
+    """A reading as CEL sees it: known names always present (null where unknown), ``meta`` as it came."""
+    found: dict[str, Any] = {"meta": dict(reading.sample.attributes)}
+    for field in _ALL:
+        prefix, _, name = field.name.partition(".")
+        value = field.get(reading)
+        plain = value.value if isinstance(value, Phase) else value
+        if name:
+            found.setdefault(prefix, {})[name] = plain
+        else:
+            found[prefix] = plain
+    return found
+
+
+def group_value(key: str, reading: Reading, rule_id: str) -> Scalar:
+    """The value of a ``group_by`` key."""
+    if key == "rule":
+        return rule_id
+    field = find_field(key)
+    value = field.get(reading) if field else None
+    return value.value if isinstance(value, Phase) else value

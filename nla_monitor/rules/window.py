@@ -1,0 +1,144 @@
+"""When matches make an alert: a pure function of the matches of one group and of the moment it is judged at.
+
+The window holds at moment ``t`` when at least ``count`` distinct matches lie in ``(t - within, t]``; with ``for`` it
+must have held at every moment of ``[t - for, t]``. Steps count where matches have a step and the rule names steps, seconds
+(``captured_at``) elsewhere; the two kinds are never added up. Order, repetition and batching of the matches don't
+matter, and one more match never turns a firing window off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from nla_monitor.records import Match, WindowVerdict
+from nla_monitor.rules.schema import Span, Window
+
+DEFAULT_SECONDS: Final = 600.0
+"""Used for matches without a step where the rule names steps only: agents have no steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """One way to place matches in time."""
+
+    within: float | None  # None: since ever
+    hold: float
+    now: float
+
+    @property
+    def start(self) -> float | None:
+        """The oldest moment that can matter (matches after it count)."""
+        return None if self.within is None else self.now - self.hold - self.within
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    at: float
+    key: Hashable
+    match: Match
+
+
+def judge(window: Window, matches: Sequence[Match], *, step: int | None, now: float) -> WindowVerdict:
+    """Whether the window of one group holds.
+
+    Args:
+        window: The rule's window.
+        matches: Matches of the rule in one group; more than the window needs is fine.
+        step: How far the run is (highest step read); None when it has none.
+        now: Time that goes with it, Unix seconds.
+    """
+    unique = {match.match_id: match for match in matches}.values()
+    stepped = [match for match in unique if _counts_steps(window, match)]
+    timed = [match for match in unique if not _counts_steps(window, match)]
+    verdicts = []
+    if stepped:
+        newest = max(match.step or 0 for match in stepped)
+        axis = _step_axis(window, newest if step is None else step)
+        verdicts.append(_verdict(window, axis, [_Event(float(m.step or 0), _key(window, m), m) for m in stepped]))
+    if timed or not stepped:
+        verdicts.append(
+            _verdict(window, _time_axis(window, now), [_Event(m.captured_at, _key(window, m), m) for m in timed])
+        )
+    return max(verdicts, key=lambda verdict: (verdict.firing, verdict.distinct))
+
+
+def window_start(window: Window, *, step: int | None, now: float) -> tuple[int | None, float | None]:
+    """The oldest step and time that can still matter (exclusive bounds; None: no bound).
+
+    A rule may count steps for some matches and seconds for others; a match is needed when either bound lets it through.
+    """
+    steps = None if step is None or not _has_steps(window) else _step_axis(window, step).start
+    seconds = _time_axis(window, now).start
+    return (None if steps is None else int(steps), seconds)
+
+
+def _has_steps(window: Window) -> bool:
+    return window.within is None or window.within.steps is not None
+
+
+def _counts_steps(window: Window, match: Match) -> bool:
+    return match.step is not None and _has_steps(window)
+
+
+def _step_axis(window: Window, step: int) -> _Axis:
+    within = None if window.within is None or window.within.steps is None else float(window.within.steps)
+    return _Axis(within, float(_part(window.hold, "steps")), float(step))
+
+
+def _time_axis(window: Window, now: float) -> _Axis:
+    within = None if window.within is None else window.within.seconds or DEFAULT_SECONDS
+    return _Axis(within, float(_part(window.hold, "seconds")), now)
+
+
+def _part(span: Span | None, name: str) -> float:
+    return 0.0 if span is None else getattr(span, name) or 0.0
+
+
+def _key(window: Window, match: Match) -> Hashable:
+    if window.distinct == "position":
+        return (match.sequence_id, match.position)
+    value: Hashable = getattr(match, window.distinct)
+    return value
+
+
+def _verdict(window: Window, axis: _Axis, events: list[_Event]) -> WindowVerdict:
+    past = sorted(
+        (event for event in events if event.at <= axis.now), key=lambda event: (event.at, event.match.match_id)
+    )
+    inside = [event for event in past if axis.within is None or event.at > axis.now - axis.within]
+    firing = _held(past, axis, window.count)
+    ordered = sorted(inside, key=lambda event: (event.at, event.match.captured_at, event.match.match_id))
+    distinct = len({event.key for event in inside})
+    return WindowVerdict(firing, tuple(event.match for event in ordered), distinct, window.count)
+
+
+def _held(past: list[_Event], axis: _Axis, count: int) -> bool:
+    """Whether ``count`` distinct events were in the window at every moment of ``[now - hold, now]``.
+
+    Between two moments at which an event leaves the window the number only grows, so those moments and the first are
+    enough. One sweep: O(n log n) for n events.
+    """
+    first = axis.now - axis.hold
+    leaving = [] if axis.within is None else [event.at + axis.within for event in past]
+    moments = [first, *sorted(moment for moment in set(leaving) if first < moment <= axis.now)]
+    present: Counter[Hashable] = Counter()
+    entered = left = 0
+    for moment in moments:
+        while entered < len(past) and past[entered].at <= moment:
+            present[past[entered].key] += 1
+            entered += 1
+        while axis.within is not None and left < entered and past[left].at + axis.within <= moment:
+            _leave(present, past[left].key)
+            left += 1
+        if len(present) < count:
+            return False
+    return True
+
+
+def _leave(present: Counter[Hashable], key: Hashable) -> None:
+    present[key] -= 1
+    if not present[key]:
+        del present[key]
