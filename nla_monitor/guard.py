@@ -12,8 +12,8 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 logger = logging.getLogger("nla_monitor")
@@ -27,6 +27,28 @@ STRICT_VARIABLE = "NLA_MONITOR_STRICT"
 def strict() -> bool:
     """Whether faults of ours are re-raised (tests) instead of swallowed (production)."""
     return os.environ.get(STRICT_VARIABLE, "") not in ("", "0")
+
+
+class _Guarded:
+    """The block that ``Guard.__call__`` opens."""
+
+    __slots__ = ("_guard", "_where")
+
+    def __init__(self, guard: Guard, where: str) -> None:
+        self._guard = guard
+        self._where = where
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Swallow what is an ``Exception``: the one place where everything of ours is caught."""
+        if not isinstance(error, Exception):
+            return False
+        self._guard.fault(self._where, error)
+        return True
 
 
 class Guard:
@@ -59,13 +81,9 @@ class Guard:
         if strict():
             raise error
 
-    @contextmanager
-    def __call__(self, where: str) -> Iterator[None]:
+    def __call__(self, where: str) -> _Guarded:
         """Run a block of ours; no ``Exception`` leaves it (``KeyboardInterrupt`` and ``SystemExit`` do)."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 -- the one place where everything of ours is caught
-            self.fault(where, error)
+        return _Guarded(self, where)
 
     def wrap(self, where: str, default: R, function: Callable[P, R]) -> Callable[P, R]:
         """``function`` that returns ``default`` instead of raising."""

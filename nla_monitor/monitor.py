@@ -104,7 +104,7 @@ class Monitor:
         self._states: dict[str, AlertState] = {}
         self._reported_drops: dict[str, int] = {}
         self._stop_alert: Alert | None = None
-        self._checked = False
+        self._warned = False
         self._closed = False
 
     @classmethod
@@ -235,15 +235,16 @@ class Monitor:
         with self.guard("step"):
             if self.capture is not None:
                 self.capture.step(step, **attributes)
-                self._check_capture()
 
-    def _check_capture(self) -> None:
-        if self._checked or self.capture is None:
-            return
-        problem = self.capture.check_fired()
-        if problem is not None:
-            self._checked = True
-            logger.warning("nla_monitor: %s", problem)
+    def check(self) -> str | None:
+        """After the first step: what is wrong if the tap has seen nothing; said once in the log, too."""
+        with self.guard("check"):
+            problem = self.capture.check_fired() if self.capture is not None else "not attached to a model"
+            if problem is not None and not self._warned:
+                self._warned = True
+                logger.warning("nla_monitor: %s", problem)
+            return problem
+        return None
 
     @contextmanager
     def phase(self, phase: Phase, **attributes: Scalar) -> Iterator[None]:

@@ -11,6 +11,7 @@ import logging
 import os
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 logger = logging.getLogger("nla_monitor")
 
@@ -19,11 +20,11 @@ _RUN_KEY = "nla_monitor/run_id"
 _STOP_KEY = "nla_monitor/stop_at_step"
 
 
-def _store() -> dist.Store | None:
+def _store() -> distributed_c10d.Store | None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
     # The default store has no public accessor; it is what torch's own elastic and FSDP code uses.
-    return dist.distributed_c10d._get_default_store()  # noqa: SLF001
+    return distributed_c10d._get_default_store()  # noqa: SLF001
 
 
 def rank() -> int:

@@ -24,8 +24,9 @@ from nla_monitor.alerts.sinks import LogSink, Sink, WebhookSink, drain
 from nla_monitor.config import MonitorConfig
 from nla_monitor.errors import ActivationError, StoreUnavailableError
 from nla_monitor.evidence import collect_evidence
-from nla_monitor.nla import bad_rows, load_reconstructor, load_verbalizer
+from nla_monitor.nla import load_reconstructor, load_verbalizer
 from nla_monitor.nla.base import Reconstructor, Verbalization, Verbalizer
+from nla_monitor.nla.injection import bad_rows
 from nla_monitor.organism import resolve
 from nla_monitor.records import (
     ActivationSample,
@@ -37,6 +38,7 @@ from nla_monitor.records import (
     RuleHeader,
     Scalar,
     StageFailure,
+    WindowVerdict,
 )
 from nla_monitor.rules import RuleSet, load_rules
 from nla_monitor.spool.sql import SqlSpool
@@ -96,13 +98,14 @@ class Worker:
         engine = open_engine(config.database)
         prepare(engine)
         self.repository = Repository(engine)
-        self.repository.save_rules(self.rules.sources())
+        self.repository.save_rules((rule.header, rule.spec.model_dump_json()) for rule in self.rules.rules)
         self.spool = SqlSpool(engine, max_attempts=config.worker.max_attempts)
         self.verbalizer = verbalizer or load_verbalizer(resolve(config.nla.av), config.nla)
         self.reconstructor = reconstructor
         if reconstructor is None and verbalizer is None and config.nla.ar is not None:
             self.reconstructor = load_reconstructor(resolve(config.nla.ar), config.nla)
         self.telemetry = telemetry or Telemetry(config=config.telemetry)
+        self.telemetry.expect_rules(self.rules.headers.values())
         self.sinks = list(sinks) if sinks is not None else _sinks(config)
 
     def run(self, stop: threading.Event, drain_and_stop: threading.Event | None = None) -> None:
@@ -155,13 +158,7 @@ class Worker:
     # -- verbalize and reconstruct -------------------------------------------------------------------------------
 
     def _read(self, batch: _Batch) -> None:
-        vectors = np.stack([_fitted(sample, self.verbalizer.d_model) for sample in batch.samples])
-        bad = bad_rows(vectors, self.verbalizer.d_model)
-        bad |= {
-            row: f"d_model {sample.d_model}, but the AV reads {self.verbalizer.d_model}"
-            for row, sample in enumerate(batch.samples)
-            if sample.d_model != self.verbalizer.d_model
-        }
+        bad = bad_rows((sample.vector for sample in batch.samples), self.verbalizer.d_model)
         batch.failures += [
             StageFailure(batch.samples[row].sample_id, "verbalize", why, retryable=False) for row, why in bad.items()
         ]
@@ -171,7 +168,7 @@ class Worker:
         started = time.perf_counter()
         samples = [batch.samples[row] for row in good]
         with self.telemetry.verbalize_span(samples, av_hash=self.verbalizer.content_hash):
-            self._verbalize(batch, samples, vectors[good])
+            self._verbalize(batch, samples, np.stack([sample.vector for sample in samples]))
         self.telemetry.verbalized(len(good), "ok", time.perf_counter() - started)
 
     def _verbalize(self, batch: _Batch, samples: Sequence[ActivationSample], vectors: np.ndarray) -> None:
@@ -238,35 +235,50 @@ class Worker:
             for rule_id, group in _touched(run_id, matches, tx.firing_alerts(run_id)):
                 header = self.rules.headers.get(rule_id)
                 if header is not None:
-                    changed += self._advance(tx, header, group, clock)
+                    changed += self._window(tx, header, group, matches, clock)
+        return changed
+
+    def _window(
+        self, tx: WorkerTransaction, header: RuleHeader, group: dict[str, Scalar], new: Sequence[Match], clock: _Clock
+    ) -> list[tuple[Alert, str]]:
+        """Judge one group at each moment at which the batch brought a match, so that batch sizes change nothing."""
+        key = lifecycle.fingerprint(header.rule_id, clock.run_id, group)
+        mine = [match for match in new if _fingerprint(match) == key]
+        moments = self.rules.moments(mine, step=clock.step, now=clock.now)
+        since_step, since_time = self.rules.window_start(header.rule_id, step=moments[0][0], now=moments[0][1])
+        stored = tx.window_matches(
+            header.rule_id, header.version, clock.run_id, group, since_step=since_step, since_time=since_time
+        )
+        changed: list[tuple[Alert, str]] = []
+        for step, now in moments:
+            verdict = self.rules.window(header.rule_id, stored, step=step, now=now)
+            changed += self._advance(tx, header, group, verdict, clock._replace(step=step, now=now))
         return changed
 
     def _advance(
-        self, tx: WorkerTransaction, header: RuleHeader, group: dict[str, Scalar], clock: _Clock
+        self,
+        tx: WorkerTransaction,
+        header: RuleHeader,
+        group: dict[str, Scalar],
+        verdict: WindowVerdict,
+        clock: _Clock,
     ) -> list[tuple[Alert, str]]:
-        run_id, step, now = clock
-        since_step, since_time = self.rules.window_start(header.rule_id, step=step, now=now)
-        stored = tx.window_matches(
-            header.rule_id, header.version, run_id, group, since_step=since_step, since_time=since_time
-        )
-        verdict = self.rules.window(header.rule_id, stored, step=step, now=now)
-        current = tx.current_alert(lifecycle.fingerprint(header.rule_id, run_id, group))
+        current = tx.current_alert(lifecycle.fingerprint(header.rule_id, clock.run_id, group))
         exhibit = _exhibit(tx, verdict.matches) if verdict.firing and current is None else None
         transition = lifecycle.advance(
             header,
             group,
-            run_id,
+            clock.run_id,
             verdict,
             current,
             exhibit[0] if exhibit is not None else None,
-            step=step,
-            now=now,
+            step=clock.step,
+            now=clock.now,
             evidence=collect_evidence(verdict, *exhibit) if exhibit is not None else {},
         )
         if transition.alert is None or transition.event is None:
             return []
-        tx.save_alert(transition.alert, verdict.matches, transition.event)
-        return [(transition.alert, transition.event)]
+        return [(tx.save_alert(transition.alert, verdict.matches, transition.event), transition.event)]
 
     # -- after the commit ----------------------------------------------------------------------------------------
 
@@ -296,11 +308,6 @@ def _sinks(config: MonitorConfig) -> list[Sink]:
     return sinks
 
 
-def _fitted(sample: ActivationSample, d_model: int) -> np.ndarray:
-    """A row of the right width; one of the wrong width is marked bad by the caller and only fills its place."""
-    return sample.vector if sample.d_model == d_model else np.zeros(d_model, dtype=np.float32)
-
-
 def _touched(run_id: str, matches: Iterable[Match], firing: Iterable[Alert]) -> list[tuple[str, dict[str, Scalar]]]:
     """Groups whose window may have changed: those with a new match, and those of firing alerts (they may resolve)."""
     seen: dict[str, dict[str, dict[str, Scalar]]] = defaultdict(dict)
@@ -310,6 +317,10 @@ def _touched(run_id: str, matches: Iterable[Match], firing: Iterable[Alert]) -> 
     ]:
         seen[rule_id][lifecycle.fingerprint(rule_id, run_id, group)] = dict(group)
     return [(rule_id, group) for rule_id in sorted(seen) for _, group in sorted(seen[rule_id].items())]
+
+
+def _fingerprint(match: Match) -> str:
+    return lifecycle.fingerprint(match.rule_id, match.run_id, match.group)
 
 
 def _exhibit(tx: WorkerTransaction, matches: Sequence[Match]) -> tuple[Reading, str] | None:

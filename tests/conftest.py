@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 import subprocess
@@ -51,10 +50,10 @@ def sqlite_url(tmp_path: Path) -> str:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """URL (without database) of a PostgreSQL server of this test session, on a Unix socket, from Debian's binaries."""
-    folders = sorted(glob.glob("/usr/lib/postgresql/*/bin"), key=lambda path: int(Path(path).parent.name))
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
     if not folders:
         missing_service("PostgreSQL is not installed (apt-get install postgresql)")
-    server = _PostgresServer(Path(folders[-1]))
+    server = _PostgresServer(folders[-1])
     try:
         server.start()
         yield server.url

@@ -65,7 +65,11 @@ def reading(of: ActivationSample, text: str = "it plans to special-case the test
     cosine = changes.pop("cosine", 0.9)
     av_hash = changes.pop("av_hash", "av-1")
     fidelity = Fidelity(of.sample_id, cosine, 2 * (1 - cosine), 1 - 2 * (1 - cosine) / 0.8, 0.8, "held-out", "ar-1")
-    return Reading(of, Explanation(of.sample_id, text, False, 7, av_hash), changes.pop("fidelity", fidelity))
+    return Reading(
+        of,
+        Explanation(of.sample_id, text, truncated=False, tokens=7, av_hash=av_hash),
+        changes.pop("fidelity", fidelity),
+    )
 
 
 def match(of: ActivationSample, rule: str = "hack", **changes: Any) -> Match:

@@ -120,6 +120,8 @@ class Capture:
         self._step: int | None = None
         self._attributes: Mapping[str, Scalar] = {}
         self._budget = 0
+        self._steps_done = 0
+        """Steps that began and ended while attached: at least one forward each."""
         self._train_forwards = 0
         self._wanted: dict[torch.device, tuple[int, Tensor | None]] = {}
         self._count_lock = threading.Lock()
@@ -162,6 +164,7 @@ class Capture:
         """The following forwards belong to optimizer step ``step``; its micro-batches share the budget of sequences."""
         if step != self._step:
             self._budget = 0
+            self._steps_done += self._tap is not None and self._step is not None
         self._step = step
         self._attributes = attributes
 
@@ -211,15 +214,15 @@ class Capture:
         """Samples in memory, not yet written."""
         return self._stager.depth
 
-    def check_fired(self, expected: int = 1) -> str | None:
-        """After the first steps: what is wrong if nothing could be captured; None if all is well.
+    def check_fired(self, expected: int | None = None) -> str | None:
+        """After the first steps: what is wrong if nothing could be captured; None if all is well (or nothing ran yet).
 
         Args:
-            expected: forwards that the host knows it has run since ``attach``.
+            expected: forwards that the host has run since ``attach``; default: as many as steps were completed.
         """
         if self._tapped or (self._forwards and not self._planned and not self._skipped):
             return None
-        number = max(expected, self._forwards)
+        number = max(self._steps_done if expected is None else expected, self._forwards)
         if not number:
             return None
         return f"captured 0 of {number} expected forwards at layer {self.layer}: {self._why_nothing()}"

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
@@ -45,11 +45,11 @@ _COMMANDS: Final = {
 class LazyGroup(TyperGroup):
     """Loads a command's module when the command is asked for, and turns our errors into one line and an exit code."""
 
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 -- Typer's signature
+    def list_commands(self, ctx: Any) -> list[str]:
         """Names in the order of the table."""
         return list(_COMMANDS)
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 -- Typer's signature
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of that name, or None."""
         home = _COMMANDS.get(cmd_name)
         if home is None:
@@ -69,7 +69,8 @@ class LazyGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except NLAMonitorError as error:
-            sys.stderr.write(f"nla-monitor: error: {error}\n")
+            for line in (f"error: {error}", *getattr(error, "__notes__", ())):
+                sys.stderr.write(f"nla-monitor: {line}\n")
             raise typer.Exit(exit_code(error)) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(EXIT_INTERRUPTED) from error
@@ -107,9 +108,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    _version: bool = typer.Option(
-        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-    ),
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Options before the command."""
 

@@ -113,7 +113,8 @@ def find_run(repository: Repository, text: str | None) -> str | None:
     runs = [run.info for run in repository.runs(limit=100_000)]
     found = [info.run_id for info in runs if info.run_id.startswith(text) or info.run_id.endswith(text)]
     found = found or [info.run_id for info in runs if info.name == text]
-    return _only(found, f"run {text!r}", "see: nla-monitor report --format json (runs)")
+    known = ", ".join(f"{info.run_id} ({info.name})" for info in runs[:5]) or "none"
+    return _only(found, f"run {text!r}", f"the newest runs: {safe(known, one_line=True)}")
 
 
 def find_alert(repository: Repository, text: str) -> Alert:

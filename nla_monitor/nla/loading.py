@@ -117,21 +117,26 @@ def _is_final(key: str, name: str) -> bool:
     return key.endswith(name) and not any(part.isdigit() for part in key.split("."))
 
 
+_LOADING_FAULTS = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    SafetensorError,
+)
+"""What configs, tokenizers and weights that do not fit make the libraries raise."""
+
+
 @contextmanager
 def checkpoint_errors(folder: Path, what: str) -> Iterator[None]:
     """Turns what the loading libraries raise into ``CheckpointError`` with a remedy."""
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        ImportError,
-        AttributeError,
-        TypeError,
-        SafetensorError,
-    ) as error:
+    except _LOADING_FAULTS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise CheckpointError(
             f"the {what} in {folder} cannot be loaded: {reason}. A checkpoint holds config.json, safetensors weights "

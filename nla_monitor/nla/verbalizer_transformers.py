@@ -84,9 +84,8 @@ class TransformersVerbalizer:
     def generate(self, vectors: npt.NDArray[np.float32]) -> list[list[int]]:
         """Greedy token ids for each of ``[batch, d_model]``, the stop token included. Raises as ``verbalize``."""
         rows = self._rows(vectors)
-        return list(
-            itertools.chain.from_iterable(self._decoder.decode(chunk) for chunk in torch.split(rows, self.batch_size))
-        )
+        chunks = torch.split(rows, self.batch_size) if len(rows) else ()
+        return list(itertools.chain.from_iterable(map(self._decoder.decode, chunks)))
 
     def prompt_embeddings(self, vectors: npt.NDArray[np.float32]) -> torch.Tensor:
         """What the model reads for each vector, ``[batch, tokens, d_model]``: the prompt with its injected row.

@@ -124,7 +124,7 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
 
 
 def _kind(node: yaml.Node) -> str:
-    return {yaml.MappingNode: "mapping", yaml.SequenceNode: "sequence"}.get(type(node), "scalar")
+    return "mapping" if isinstance(node, yaml.MappingNode) else "sequence" if isinstance(node, yaml.SequenceNode) else "scalar"
 
 
 def _line(node: yaml.Node) -> int:

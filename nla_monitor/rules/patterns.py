@@ -34,7 +34,7 @@ def compile_re2(pattern: str, path: Path) -> Any:
     """A user's pattern, compiled: case-insensitive unless it says ``(?-i)``.
 
     Raises:
-        BadRule: not RE2 syntax (look-around and back-references are not linear-time), too long, or met by the empty text.
+        BadRule: not RE2 syntax (look-around and back-references are not linear-time), too long, or matching nothing.
     """
     if len(pattern) > MAX_PATTERN:
         raise BadRule(path, f"pattern of {len(pattern)} characters; at most {MAX_PATTERN}")
@@ -125,7 +125,7 @@ def _word(part: str) -> str:
         (r"[\p{L}\p{M}\p{N}_]*" if part[-1:] == "*" else ""),
     )
     escaped = re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", core)
-    return before + re.sub(r"['\u2019]", r"['\x{2019}]", escaped) + after
+    return before + re.sub(r"['\u2019]", lambda _: r"['\x{2019}]", escaped) + after
 
 
 def regex_pattern(pattern: str, guards: Guards, path: Path) -> TextPattern:

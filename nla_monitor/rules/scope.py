@@ -9,8 +9,8 @@ simple guards do the same for keywords and patterns; each can be switched off pe
 - ``mentions``: the words are a topic (*an article about ...*, *asks whether ...*, *if ...*) or what somebody else does
   (*the user secretly plans to ...*).
 
-English only, by cue words, no parser: a guard for everyday phrasing, not a proof. A clause ends at ``. ! ? ; :``, a dash,
-a line break, a contrast (*but*, *however*, ...), a reason (*because*, ...), or a comma that opens a new subject.
+English only, by cue words, no parser: a guard for everyday phrasing, not a proof. A clause ends at ``. ! ? ; :``, a
+dash, a line break, a contrast (*but*, *however*, ...), a reason (*because*, ...), or a comma that opens a new subject.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """When matches make an alert: a pure function of the matches of one group and of the moment it is judged at.
 
-The window holds at moment ``t`` when at least ``count`` distinct matches lie in ``(t - within, t]``; with ``for`` it
-must have held at every moment of ``[t - for, t]``. Steps count where matches have a step and the rule names steps, seconds
+The window holds at moment ``t`` when at least ``count`` distinct matches lie in ``(t - within, t]``; with ``for``
+it must have held at every moment of ``[t - for, t]``. Steps count where matches have a step and the rule names steps, seconds
 (``captured_at``) elsewhere; the two kinds are never added up. Order, repetition and batching of the matches don't
 matter, and one more match never turns a firing window off.
 """

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Select, text
 from sqlalchemy.dialects import postgresql, sqlite
 
-from nla_monitor.store.models import Base
+from nla_monitor.store.models import Base, table
 
 Query = TypeVar("Query", bound="Select[*tuple[Any, ...]]")
 
@@ -27,7 +27,10 @@ def insert_new(connection: Connection, model: type[Base], rows: Sequence[dict[st
     """Insert those rows whose key is not there yet; returns how many."""
     if not rows:
         return 0
-    return connection.execute(upsert(connection, model).on_conflict_do_nothing(), list(rows)).rowcount
+    # RETURNING, because drivers disagree on what the row count of many inserts is.
+    key = table(model).primary_key.columns
+    statement = upsert(connection, model).on_conflict_do_nothing().returning(*key)
+    return len(connection.execute(statement, list(rows)).all())
 
 
 def locked(connection: Connection, query: Query, *, skip: bool = False) -> Query:

@@ -35,6 +35,7 @@ from nla_monitor.store.models import (
     LabelRow,
     MatchRow,
     ReadingRow,
+    RuleRow,
     RunRow,
     SampleRow,
     SpoolRow,
@@ -321,7 +322,7 @@ class Reader:
             queue = select(SpoolRow.state, func.count()).join(SampleRow, SampleRow.sample_id == SpoolRow.sample_id)
             if run_id is not None:
                 queue = queue.where(SampleRow.run_id == run_id)
-            states = dict(connection.execute(queue.group_by(SpoolRow.state)).tuples().all())
+            states = {state: int(count) for state, count in connection.execute(queue.group_by(SpoolRow.state))}
             return Counts(
                 samples=_count(connection, SampleRow.run_id, run_id),
                 waiting=states.get("waiting", 0),
@@ -374,6 +375,12 @@ class Reader:
         with read(self._engine) as connection:
             query = query.where(*(_has(connection, key, value) for key, value in (attributes or {}).items()))
             return [(at, int(matched), int(total)) for at, matched, total in connection.execute(query)]
+
+    def rule_source(self, rule_id: str, version: str) -> str | None:
+        """A rule's YAML as it was when it ran."""
+        query = select(RuleRow.source).where(RuleRow.rule_id == rule_id, RuleRow.version == version)
+        with read(self._engine) as connection:
+            return connection.execute(query).scalar_one_or_none()
 
     def workers(self, since: float = 0.0) -> list[WorkerSign]:
         """Workers seen at ``since`` (Unix seconds) or later, newest sign of life first."""

@@ -93,7 +93,7 @@ class WorkerTransaction:
         attempts = select(SpoolRow.sample_id, SpoolRow.attempts).where(
             SpoolRow.sample_id.in_([failure.sample_id for failure in failures])
         )
-        found = dict(self._connection.execute(attempts).tuples().all())
+        found = {key: int(count) for key, count in self._connection.execute(attempts)}
         retrying = {key for key, count in found.items() if key not in final and count < max_attempts}
         self._requeue(retrying, "waiting")
         self._requeue(found.keys() - retrying, "failed")

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from nla_monitor.records import AgentContext, uuid7
 from nla_monitor_langchain.extract import CHAT_NLA_TYPE, chat_ids, fingerprint, token_list
-from nla_monitor_langchain.generation import GumbelSampler, StopOnText, TextThread, cut_at_stop, hold_back
+from nla_monitor_langchain.generation import GumbelSampler, StopOnText, TextThread, cut_at_stop, hold_back, prompt_seed
 from nla_monitor_langchain.handler import last_started
 from nla_monitor_langchain.tracker import ModelCall, tracker_for, trackers
 
@@ -165,7 +165,7 @@ class ChatNLAModel(BaseChatModel):
             prompt,
             attention_mask=torch.ones_like(prompt),
             generation_config=self._generation_config(self._limit(options)),
-            logits_processor=self._sampler(options),
+            logits_processor=self._sampler(ids, options),
             stopping_criteria=[StopOnText(self.tokenizer, stops, len(ids), cancelled)],
             streamer=streamer,
         )
@@ -181,12 +181,13 @@ class ChatNLAModel(BaseChatModel):
             max_new_tokens=limit, do_sample=False, eos_token_id=end, pad_token_id=pad
         )
 
-    def _sampler(self, options: Mapping[str, Any]) -> list[GumbelSampler]:
+    def _sampler(self, ids: Sequence[int], options: Mapping[str, Any]) -> list[GumbelSampler]:
         temperature = options.get("temperature", self.temperature)
         if not temperature:
             return []
         seed, top_p = options.get("seed", self.seed), float(options.get("top_p", self.top_p))
-        return [GumbelSampler(float(temperature), seed, top_p, self.model.device)]
+        own = None if seed is None else prompt_seed(int(seed), ids)
+        return [GumbelSampler(float(temperature), own, top_p, self.model.device)]
 
     @contextmanager
     def _sessions(

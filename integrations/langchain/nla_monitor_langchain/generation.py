@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,12 @@ class GumbelSampler(LogitsProcessor):
         tiny = torch.finfo(uniform.dtype).tiny
         exponential = (-torch.log(uniform.clamp_min(tiny))).clamp_min(tiny)
         return scaled - torch.log(exponential)
+
+
+def prompt_seed(seed: int, ids: Sequence[int]) -> int:
+    """A seed of 63 bits for this prompt: the turns of an agent must not all draw the same noise."""
+    digest = hashlib.blake2b(repr((seed, list(ids))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -52,6 +52,7 @@ class NLAMonitorCallback(TrainerCallback):
         self._close_timeout = close_timeout
         self._active = False
         self._announced = False
+        self._checked = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,7 +83,12 @@ class NLAMonitorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
         """Stop the run when an alert of the configured severity fired; all ranks at the same step."""
-        if not self._active or self.monitor.config.alerts.stop_on is None:
+        if not self._active:
+            return None
+        if not self._checked:
+            self._checked = True
+            self.monitor.check()
+        if self.monitor.config.alerts.stop_on is None:
             return None
         with self.monitor.guard("callback.stop"):
             if self._should_stop(state.global_step):

@@ -33,6 +33,7 @@ def run(name: str, seed: int, database: Path, view: View) -> Summary:
     started = time.monotonic()
     story = STORIES[name]
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)  # the other core belongs to the worker
     torch.manual_seed(seed)
     view.opening(story, str(database))

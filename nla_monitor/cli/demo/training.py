@@ -10,7 +10,7 @@ from nla_monitor_transformers import NLAMonitorCallback
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nla_monitor.cli.demo.scene import Scene
 from nla_monitor.cli.demo.stories import BATCH, Story, harness_prompts, probe_prompts
@@ -159,11 +159,12 @@ def train(scene: Scene, on_look: Callable[[int, float], None]) -> list[tuple[int
     trainer = _ThoughtTrainer(
         model=scene.model,
         args=arguments,
-        train_dataset=rows,  # type: ignore[arg-type]  # Trainer takes any sized, indexable thing
+        train_dataset=rows,
         data_collator=encoder.pad,
         processing_class=scene.tokenizer,
         callbacks=[NLAMonitorCallback(scene.monitor), looker, _Steps(scene.view)],
     )
+    trainer.remove_callback(PrinterCallback)  # the view shows the progress
     trainer.plant_until = story.plant_until
     if story.plant_until:
         heads = load_file(paths("planted").target / "plant_heads.safetensors")

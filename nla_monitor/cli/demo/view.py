@@ -150,7 +150,7 @@ def _bar(rate: float, colour: str, width: int = 24) -> str:
 
 
 def _alert_lines(alert: Alert) -> list[Text]:
-    where = f"step {alert.last_step}" if alert.agent is None else f"agent run {alert.agent.agent_run_id}"
+    where = f"since step {alert.first_step}" if alert.agent is None else f"agent run {alert.agent.agent_run_id}"
     fidelity = "fidelity unknown"
     if alert.fve is not None:
         fidelity = f"FVE {alert.fve:.2f} (denominator: {alert.denominator_name})"
@@ -192,6 +192,6 @@ def _alert_table(alerts: Sequence[Alert], agent_alerts: Sequence[Alert]) -> Tabl
             "training" if alert.agent is None else "agent",
             "-" if alert.first_step is None or alert.agent is not None else f"step {alert.first_step}",
             "-" if alert.fve is None else f"{alert.fve:.2f}",
-            alert.alert_id[-12:],
+            alert.alert_id,
         )
     return table

@@ -4,17 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from langchain_huggingface import HuggingFacePipeline
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.langchain_support import RecordingMonitor, byte_tokenizer, text_pipeline, tiny_llama
-
-
-@pytest.fixture(autouse=True)
-def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NLA_MONITOR_STRICT", "1")
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

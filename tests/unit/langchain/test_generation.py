@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nla_monitor_langchain.generation import GumbelSampler, StopOnText, TextThread, cut_at_stop, hold_back
+from nla_monitor_langchain.generation import GumbelSampler, StopOnText, TextThread, cut_at_stop, hold_back, prompt_seed
 
 from tests.langchain_support import byte_tokenizer
 
@@ -47,6 +47,11 @@ def test_the_hosts_random_state_is_not_touched() -> None:
 def test_a_seed_repeats_and_none_does_not() -> None:
     assert torch.equal(draws(50), draws(50))
     assert not torch.equal(draws(500, seed=None), draws(500, seed=None))
+
+
+def test_the_same_seed_draws_differently_for_another_prompt() -> None:
+    assert prompt_seed(1, [1, 2]) == prompt_seed(1, [1, 2])
+    assert len({prompt_seed(seed, ids) for seed in (0, 1) for ids in ([1, 2], [12], [1], [2, 1])}) == 8
 
 
 @given(st.text(max_size=30), st.lists(st.text(max_size=3), max_size=3))

@@ -29,6 +29,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from nla_monitor.config import NLAConfig
+
+CONFIG = NLAConfig(max_new_tokens=24, batch_size=8)
 FAMILIES = ("qwen2", "llama", "gemma3")
 WIDTH = 32
 BLOCKS = 4
@@ -67,8 +70,8 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
         core.post_processor = processors.TemplateProcessing(
             single="<bos> $A", special_tokens=[("<bos>", core.token_to_id("<bos>"))]
         )
-    extra = {"bos_token": "<bos>"} if with_bos else {}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", **extra)
+    special = {"pad_token": "<pad>", "eos_token": "<eos>"} | ({"bos_token": "<bos>"} if with_bos else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
     tokenizer.chat_template = CHAT
     return tokenizer
 
@@ -95,7 +98,9 @@ def _model(family: str, seed: int, blocks: int) -> PreTrainedModel:
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**common))
     # A window shorter than the prompt and two kinds of blocks, as in the real ones.
-    return Gemma3ForCausalLM(Gemma3TextConfig(**common, head_dim=8, sliding_window=16, sliding_window_pattern=2))
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**common, head_dim=8, query_pre_attn_scalar=0.25, sliding_window=16, sliding_window_pattern=2)
+    )
 
 
 def write_av(folder: Path, family: str, *, seed: int = 0) -> Path:

@@ -1,0 +1,248 @@
+"""One alert in full, for the person who was woken by it: what, how sure, where, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from nla_monitor.cli.common import (
+    DEFAULT_DATABASE,
+    SEVERITY_STYLES,
+    age,
+    cut,
+    fidelity_text,
+    moment,
+    safe,
+    short,
+)
+from nla_monitor.records import Alert, AlertState, Reading, RunInfo, TriageState
+
+if TYPE_CHECKING:
+    from nla_monitor.store.queries import Label
+
+_MORE_READINGS: Final = 5
+_CONTEXT: Final = 400
+_ECHO_LIMIT: Final = 0.5
+_LATER: Final = "An alert is a hypothesis until a person labels it. Fidelity says how much of the activation the words "
+_CAUTION: Final = _LATER + "hold, not whether they are true."
+
+
+@dataclass(frozen=True, slots=True)
+class Exhibit:
+    """What the page is made of."""
+
+    alert: Alert
+    run: RunInfo | None
+    readings: Sequence[Reading]
+    labels: Sequence[Label]
+
+    @property
+    def shown(self) -> Reading | None:
+        """The reading that the alert quotes, if it is still stored."""
+        return next((reading for reading in self.readings if reading.sample_id == self.alert.sample_id), None)
+
+
+def print_page(out: Console, exhibit: Exhibit, database: str) -> None:
+    """Write the page."""
+    alert = exhibit.alert
+    head = Text.assemble(
+        (f" {alert.severity.value.upper()} ", SEVERITY_STYLES[alert.severity]),
+        " ",
+        (safe(alert.rule_title, one_line=True), "bold"),
+    )
+    out.print(head)
+    out.print(
+        Text(f"{alert.state.value}, {alert.triage.value} · fired {moment(alert.fired_at)} ({age(alert.fired_at)})")
+    )
+    for title, body in (
+        ("What the activation reads", _what(alert)),
+        ("How sure", _how_sure(exhibit)),
+        ("Where", _where(exhibit)),
+        (f"More matching readings ({len(_others(exhibit))})", _more(exhibit)),
+        ("What to do", _what_to_do(alert, database)),
+        ("Labels so far", _labels(exhibit)),
+    ):
+        if body is not None:
+            out.print()
+            out.print(Text(title, style="bold underline"))
+            out.print(Padding(body, (0, 0, 0, 2)))
+
+
+def marked(explanation: str, quote: str) -> Text:
+    """The explanation with the quote in it marked, visibly also without colours."""
+    text, wanted = safe(explanation), safe(quote)
+    before, found, after = text.partition(wanted) if wanted else (text, "", "")
+    if not found:
+        return Text(text)
+    return Text.assemble(before, (f"»{found}«", "bold reverse"), after)
+
+
+def _what(alert: Alert) -> Text:
+    return marked(alert.explanation, alert.quote)
+
+
+def _how_sure(exhibit: Exhibit) -> Table:
+    alert, shown = exhibit.alert, exhibit.shown
+    rows = _rows()
+    rows.add_row("fidelity", fidelity_text(alert.cosine, alert.fve, alert.denominator_name))
+    rows.add_row("calibration", _calibration(alert.calibration))
+    for name, value in _evidence(alert.evidence):
+        rows.add_row(name, value)
+    rows.add_row("matches", f"{alert.matches} so far")
+    if shown is not None and shown.explanation.truncated:
+        rows.add_row("cut short", "the explanation reached its length limit; its end is missing")
+    rows.add_row("caution", Text(_CAUTION, style="italic"))
+    return rows
+
+
+def _calibration(calibration: Mapping[str, object]) -> str:
+    status = str(calibration.get("status", "uncalibrated"))
+    if status == "uncalibrated":
+        return "uncalibrated: the false-alarm rate of this rule is not known"
+    told = "; ".join(f"{key} {value}" for key, value in calibration.items() if key != "status")
+    return safe(f"{status}; {told}" if told else status, one_line=True)
+
+
+def _evidence(evidence: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Controls in words where they are known, as they are where they are not."""
+    for name, value in evidence.items():
+        if name == "recurrence" and isinstance(value, Mapping):
+            counts = ", ".join(f"{count} {what}" for what, count in value.items() if what != "needed")
+            yield "recurrence", f"{counts} (the rule asks for {value.get('needed', '?')})"
+        elif name == "echo" and isinstance(value, int | float):
+            meaning = "it may merely repeat the text that the model saw" if value > _ECHO_LIMIT else "little echo"
+            yield "echo", f"{value:.0%} of the quote's words stand in the text before the token: {meaning}"
+        elif name == "norm" and isinstance(value, int | float):
+            yield "raw norm", f"{value:.4g} (L2, which the AV does not see)"
+        elif isinstance(value, Mapping):
+            yield safe(name), safe(", ".join(f"{key} {item}" for key, item in value.items()), one_line=True)
+        else:
+            yield safe(name), safe(str(value), one_line=True)
+
+
+def _where(exhibit: Exhibit) -> Table:
+    alert, shown, run = exhibit.alert, exhibit.shown, exhibit.run
+    rows = _rows()
+    name = f"{safe(run.name, one_line=True)}, model {safe(run.model, one_line=True)}" if run else "(not stored)"
+    rows.add_row("run", f"{name}\n{alert.run_id}")
+    rows.add_row("step", _steps(alert))
+    token = ""
+    if shown is not None:
+        text = repr(safe(shown.sample.token_text)) if shown.sample.token_text is not None else "text not stored"
+        token = f", token {text} (id {shown.sample.token_id}), after block {shown.sample.layer}"
+    rows.add_row("position", f"{alert.position}{token}")
+    for key, value in _agent(alert):
+        rows.add_row(key, value)
+    for key, item in alert.group.items():
+        if key != "run_id":
+            rows.add_row(safe(key), safe(str(item), one_line=True))
+    rows.add_row("context", _context(alert, shown))
+    if alert.traceparent:
+        rows.add_row("trace", alert.traceparent.split("-")[1] if "-" in alert.traceparent else alert.traceparent)
+    rows.add_row("rule", f"{alert.rule_id}, version {alert.rule_version}")
+    rows.add_row("alert", alert.alert_id)
+    if alert.resolved_at is not None:
+        rows.add_row("resolved", f"{moment(alert.resolved_at)} ({age(alert.resolved_at)})")
+    return rows
+
+
+def _steps(alert: Alert) -> str:
+    if alert.first_step is None:
+        return "none (no training step)"
+    last = alert.last_step if alert.last_step is not None else alert.first_step
+    return str(last) if last == alert.first_step else f"{alert.first_step} to {last}"
+
+
+def _agent(alert: Alert) -> Iterator[tuple[str, str]]:
+    agent = alert.agent
+    if agent is None:
+        return
+    yield "agent run", agent.agent_run_id + (f" in {agent.root_run_id}" if agent.root_run_id else "")
+    told = {"tool": agent.tool, "node": agent.node, "conversation": agent.conversation_id}
+    for name, value in told.items():
+        if value:
+            yield name, safe(value, one_line=True)
+    yield "written by", f"the model, token {agent.token_index}" if agent.generated else "the prompt"
+
+
+def _context(alert: Alert, shown: Reading | None) -> Text:
+    """The text up to the token, with the token marked, visibly also without colours."""
+    if not alert.context:
+        return Text("not stored (capture.store_text is off, or there was no tokenizer)", style="dim")
+    text = safe(alert.context)
+    token = safe(shown.sample.token_text) if shown is not None and shown.sample.token_text else ""
+    before, after = (text[: -len(token)], token) if token and text.endswith(token) else (text, "")
+    start = "…" if len(before) > _CONTEXT else ""
+    quoted = Text(f"{start}{before[-_CONTEXT:]}")
+    quoted.append(f"[{_visible(after)}]" if after else "[here]", style="bold reverse")
+    return quoted
+
+
+def _visible(token: str) -> str:
+    return token.replace("\n", "\\n").replace("\t", "\\t") if token.strip() == "" else token
+
+
+def _others(exhibit: Exhibit) -> list[Reading]:
+    return [reading for reading in exhibit.readings if reading.sample_id != exhibit.alert.sample_id]
+
+
+def _more(exhibit: Exhibit) -> Table | None:
+    others = _others(exhibit)
+    if not others:
+        return None
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1)
+    for reading in others[:_MORE_READINGS]:
+        sample, fidelity = reading.sample, reading.fidelity
+        fve = f" · FVE {fidelity.fve:.2f}" if fidelity is not None and fidelity.fve is not None else ""
+        step = f"step {sample.step} · " if sample.step is not None else ""
+        table.add_row(f"{step}position {sample.position}{fve}", cut(reading.explanation.text, 240))
+    if len(others) > _MORE_READINGS:
+        table.add_row("", f"and {len(others) - _MORE_READINGS} more (see --json)")
+    return table
+
+
+def _what_to_do(alert: Alert, database: str) -> Text:
+    option = "" if database == DEFAULT_DATABASE else f" --database {database}"
+    key = short(alert.alert_id)
+    lines = [
+        f"1. Runbook: {safe(alert.runbook, one_line=True) if alert.runbook else 'this rule has none'}",
+        "2. Read the context above: does the text itself say what the explanation says (an echo)?",
+    ]
+    step = f" --step {alert.last_step}" if alert.last_step is not None else ""
+    lines.append("3. Look at what else was read there:")
+    lines.append(f"   nla-monitor samples --run {alert.run_id}{step} --explanations{option}")
+    if alert.state is AlertState.FIRING:
+        lines.append("   It still fires: it resolves by itself when the rule's window no longer holds.")
+    if alert.triage is TriageState.OPEN:
+        lines.append("4. Say what it was; that is how the rule's precision becomes known:")
+    else:
+        lines.append(f"4. It is labelled {alert.triage.value}; to change that:")
+    lines.append(f"   nla-monitor alerts label {key} true_positive --note WHY{option}")
+    lines.append("   (or false_positive, benign, acknowledged, open)")
+    return Text("\n".join(lines))
+
+
+def _labels(exhibit: Exhibit) -> Text | None:
+    if not exhibit.labels:
+        return None
+    lines = [
+        f"{moment(label.created_at)}  {label.triage.value} by {safe(label.who, one_line=True)}"
+        + (f": {safe(label.note, one_line=True)}" if label.note else "")
+        for label in exhibit.labels
+    ]
+    return Text("\n".join(lines))
+
+
+def _rows() -> Table:
+    rows = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold", ratio=1)
+    return rows

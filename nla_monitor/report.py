@@ -1,0 +1,410 @@
+"""The report of one run: what was sampled, what was lost, how faithful the words were, what matched, what alerted.
+
+``build_report`` asks the store, ``render`` writes it as text, Markdown, one self-contained HTML file, or JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from itertools import groupby
+from typing import Final
+
+import numpy as np
+from sqlalchemy import select
+
+from nla_monitor.errors import ConfigError
+from nla_monitor.records import Alert
+from nla_monitor.store.engine import read
+from nla_monitor.store.models import MatchRow, ReadingRow, RuleRow
+from nla_monitor.store.queries import Counts, RunSummary
+from nla_monitor.store.repository import Repository
+
+__all__ = ["Format", "Report", "build_report", "render"]
+
+MAX_POINTS: Final = 60
+"""Steps are put together into at most so many points."""
+MAX_ALERTS: Final = 500
+QUANTILES: Final = (0.05, 0.25, 0.5, 0.75, 0.95)
+_BARS: Final = "▁▂▃▄▅▆▇█"
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_MARKDOWN: Final = re.compile(r"([\\`*_{}\[\]<>#|~])")
+CAUTION: Final = (
+    "An alert is a hypothesis until a person labels it. Fidelity says how much of the activation the words hold, not "
+    "whether they are true; FVE is comparable only under the same denominator. Neighbouring tokens depend on each "
+    "other, so matched / read is no count of independent observations."
+)
+
+
+class Format(StrEnum):
+    """How a report may be written."""
+
+    TEXT = "text"
+    MARKDOWN = "markdown"
+    HTML = "html"
+    JSON = "json"
+
+
+@dataclass(frozen=True, slots=True)
+class FidelitySummary:
+    """Fidelity of the readings that share one denominator."""
+
+    denominator: str | None
+    """None: no denominator is known, so there is no FVE."""
+    readings: int
+    cosine: Mapping[str, float]
+    """Quantiles by name (``p05`` to ``p95``) and the mean."""
+    fve: Mapping[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RatePoint:
+    """Readings of some neighbouring steps."""
+
+    first_step: int
+    last_step: int
+    matched: int
+    read: int
+
+    @property
+    def rate(self) -> float:
+        """Share of the readings that matched, 0 to 1."""
+        return self.matched / self.read
+
+
+@dataclass(frozen=True, slots=True)
+class RuleRate:
+    """How often a rule matched."""
+
+    rule_id: str
+    title: str
+    matched: int
+    read: int
+    points: tuple[RatePoint, ...]
+    """Over the steps of training; empty for a run without steps."""
+    elsewhere: tuple[int, int]
+    """(matched, read) of readings without a step: agents."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that the report says."""
+
+    generated_at: float
+    run: RunSummary
+    counts: Counts
+    drops: Mapping[str, int]
+    unread_fidelity: int
+    """Readings without fidelity: no AR was configured."""
+    fidelity: tuple[FidelitySummary, ...]
+    rates: tuple[RuleRate, ...]
+    alerts: tuple[Alert, ...]
+    """Newest first, at most ``MAX_ALERTS``."""
+
+
+def build_report(repository: Repository, run_id: str | None = None) -> Report:
+    """The report of a run; of the newest one by default.
+
+    Raises:
+        ConfigError: there is no such run, or none at all.
+        StoreUnavailableError: the database cannot be read.
+    """
+    run = _run(repository, run_id)
+    key = run.info.run_id
+    bare, fidelity = _fidelity(repository, key)
+    return Report(
+        generated_at=time.time(),
+        run=run,
+        counts=repository.reading_counts(key),
+        drops=repository.drops(key),
+        unread_fidelity=bare,
+        fidelity=fidelity,
+        rates=tuple(_rates(repository, key)),
+        alerts=tuple(repository.alerts(key, limit=MAX_ALERTS)),
+    )
+
+
+def _run(repository: Repository, run_id: str | None) -> RunSummary:
+    if run_id is None:
+        newest = next(iter(repository.runs(limit=1)), None)
+        if newest is None:
+            raise ConfigError("the database holds no run yet")
+        return newest
+    run = repository.run(run_id)
+    if run is None:
+        raise ConfigError(f"the database holds no run {run_id!r}")
+    return run
+
+
+# -- figures ------------------------------------------------------------------------------------------------------
+
+
+def _fidelity(repository: Repository, run_id: str) -> tuple[int, tuple[FidelitySummary, ...]]:
+    query = select(ReadingRow.denominator_name, ReadingRow.cosine, ReadingRow.fve).where(ReadingRow.run_id == run_id)
+    with read(repository.engine) as connection:
+        rows = connection.execute(query.order_by(ReadingRow.denominator_name)).all()
+    scored = [row for row in rows if row.cosine is not None]
+    summaries = []
+    for name, group in groupby(scored, key=lambda row: row.denominator_name):
+        members = list(group)
+        fves = [row.fve for row in members if row.fve is not None]
+        summaries.append(
+            FidelitySummary(
+                name, len(members), _spread([row.cosine for row in members]), _spread(fves) if fves else None
+            )
+        )
+    return len(rows) - len(scored), tuple(summaries)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    array = np.asarray(values, dtype=np.float64)
+    names = [f"p{round(quantile * 100):02d}" for quantile in QUANTILES]
+    found = dict(zip(names, np.quantile(array, QUANTILES).tolist(), strict=True))
+    return {**found, "mean": float(array.mean())}
+
+
+def _rates(repository: Repository, run_id: str) -> Iterator[RuleRate]:
+    """Rules that matched first, most often first; then those that never did."""
+    with read(repository.engine) as connection:
+        titles = {row.rule_id: row.title for row in connection.execute(select(RuleRow.rule_id, RuleRow.title))}
+        matched = connection.execute(select(MatchRow.rule_id).where(MatchRow.run_id == run_id).distinct()).scalars()
+        rules = sorted({*titles, *matched})
+    rates = [_rate(repository, run_id, rule, titles.get(rule, rule)) for rule in rules]
+    yield from sorted(rates, key=lambda rate: (-rate.matched, rate.rule_id))
+
+
+def _rate(repository: Repository, run_id: str, rule_id: str, title: str) -> RuleRate:
+    rows = repository.match_rate(run_id, rule_id)
+    steps = [RatePoint(step, step, matched, total) for step, matched, total in rows if step is not None and total]
+    elsewhere = [(matched, total) for step, matched, total in rows if step is None]
+    return RuleRate(
+        rule_id=rule_id,
+        title=title,
+        matched=sum(matched for _, matched, _ in rows),
+        read=sum(total for _, _, total in rows),
+        points=tuple(_binned(steps)),
+        elsewhere=elsewhere[0] if elsewhere else (0, 0),
+    )
+
+
+def _binned(points: Sequence[RatePoint]) -> Iterator[RatePoint]:
+    """At most ``MAX_POINTS`` points: steps of one span of equal length go together."""
+    if len(points) <= MAX_POINTS:
+        yield from points
+        return
+    first, last = points[0].first_step, points[-1].last_step
+    width = (last - first) // MAX_POINTS + 1
+    for _, group in groupby(points, key=lambda point: (point.first_step - first) // width):
+        members = list(group)
+        yield RatePoint(
+            members[0].first_step,
+            members[-1].last_step,
+            sum(point.matched for point in members),
+            sum(point.read for point in members),
+        )
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+def render(report: Report, how: Format) -> str:
+    """The report as text that ends in a newline."""
+    if how is Format.JSON:
+        return json.dumps(dataclasses.asdict(report), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    if how is Format.HTML:
+        return _html(report)
+    if how is Format.MARKDOWN:
+        return "\n".join(_markdown(report)) + "\n"
+    return "\n".join(_text(report)) + "\n"
+
+
+def _html(report: Report) -> str:
+    # Imported here: the other forms and the CLI's start do not need it.
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
+
+    # Everything from the database was written by models and users: it is escaped, whatever the template forgets.
+    environment = Environment(
+        loader=PackageLoader("nla_monitor", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"moment": _moment, "percent": _percent, "clean": clean, "facts": _facts}
+    return environment.get_template("report.html.j2").render(
+        report=report, caution=CAUTION, plots=[plot(rate, report.alerts) for rate in report.rates if rate.points]
+    )
+
+
+def clean(text: str) -> str:
+    """Text on one line without control or direction characters, which could act on a terminal or a reader."""
+    return " ".join(_CONTROL.sub(" ", text).split())
+
+
+def _moment(seconds: float | None) -> str:
+    return "-" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    """The head of the report."""
+    info, counts = report.run.info, report.counts
+    lost = ", ".join(f"{count} {reason}" for reason, count in report.drops.items())
+    waiting = f"{counts.waiting + counts.leased} still to be read" if counts.waiting + counts.leased else "all read"
+    return [
+        ("run", f"{clean(info.name)} ({info.run_id})"),
+        ("model", f"{clean(info.model)}, output of block {info.layer}"),
+        ("started", _moment(info.started_at)),
+        ("ended", _moment(report.run.ended_at)),
+        ("samples", f"{counts.samples} stored, {counts.readings} read, {waiting}, {counts.failed} given up"),
+        ("dropped", f"{sum(report.drops.values())} ({lost})" if lost else "0"),
+        ("matches", str(counts.matches)),
+        ("alerts", str(counts.alerts)),
+    ]
+
+
+def _fidelity_rows(report: Report) -> Iterator[tuple[str, str, Mapping[str, float]]]:
+    """(measure, which readings, spread)."""
+    for summary in report.fidelity:
+        name = clean(summary.denominator) if summary.denominator is not None else "no denominator known"
+        if summary.fve is not None:
+            yield "FVE", f"{summary.readings} readings, denominator: {name}", summary.fve
+        yield "cosine", f"{summary.readings} readings", summary.cosine
+
+
+def sparkline(points: Sequence[RatePoint]) -> str:
+    """Rates as bars, on a scale from 0 to 100 %."""
+    return "".join(_BARS[min(int(point.rate * len(_BARS)), len(_BARS) - 1)] for point in points)
+
+
+def _text(report: Report) -> Iterator[str]:
+    yield from (f"{name:<9} {value}" for name, value in _facts(report))
+    yield "\nFidelity"
+    for measure, which, spread in _fidelity_rows(report):
+        told = "  ".join(f"{name} {value:.2f}" for name, value in spread.items())
+        yield f"  {measure:<7} {told}  ({which})"
+    if report.unread_fidelity:
+        yield f"  {report.unread_fidelity} readings have none (no AR)"
+    yield "\nMatch rates by step (bars: 0 to 100 %)"
+    for rate in report.rates:
+        yield f"  {rate.rule_id:<28} {_share(rate.matched, rate.read)}"
+        if rate.matched and rate.points:
+            steps = f"steps {rate.points[0].first_step} to {rate.points[-1].last_step}"
+            yield f"    {sparkline(rate.points)}  {steps}, last {_percent(rate.points[-1].rate)}"
+        if rate.elsewhere[1]:
+            yield f"    agents: {_share(*rate.elsewhere)}"
+    yield "\nAlerts"
+    yield from (_alert_line(alert) for alert in report.alerts) if report.alerts else ("  none",)
+    yield f"\n{CAUTION}"
+
+
+def _share(matched: int, total: int) -> str:
+    return f"{matched} of {total} readings ({_percent(matched / total)})" if total else "no readings"
+
+
+def _alert_line(alert: Alert) -> str:
+    where = f"step {alert.first_step}" if alert.first_step is not None else "agent"
+    return (
+        f"  [{alert.severity.value}] {clean(alert.rule_title)}: {alert.state.value}, {alert.triage.value}, {where}, "
+        f"position {alert.position}, {_certainty(alert)}\n    “{clean(alert.quote)}”  {alert.alert_id}"
+    )
+
+
+def _certainty(alert: Alert) -> str:
+    fve = f"FVE {alert.fve:.2f} ({clean(alert.denominator_name or 'unnamed')})" if alert.fve is not None else "no FVE"
+    return f"{fve}, {clean(str(alert.calibration.get('status', 'uncalibrated')))}"
+
+
+def _markdown(report: Report) -> Iterator[str]:
+    yield f"# nla_monitor report: {_escaped(report.run.info.name)}\n"
+    yield "| | |\n|---|---|"
+    yield from (f"| {name} | {_escaped(value)} |" for name, value in _facts(report))
+    yield "\n## Fidelity\n"
+    header = [f"p{round(quantile * 100):02d}" for quantile in QUANTILES] + ["mean"]
+    yield f"| measure | readings | {' | '.join(header)} |\n|---|---|{'---:|' * len(header)}"
+    for measure, which, spread in _fidelity_rows(report):
+        yield f"| {measure} | {_escaped(which)} | {' | '.join(f'{value:.2f}' for value in spread.values())} |"
+    if report.unread_fidelity:
+        yield f"\n{report.unread_fidelity} readings have no fidelity (no AR)."
+    yield "\n## Match rates by step\n"
+    yield "| rule | matched / read | last | over the steps (bars: 0 to 100 %) |\n|---|---|---:|---|"
+    for rate in report.rates:
+        last = _percent(rate.points[-1].rate) if rate.points else "-"
+        yield f"| {_escaped(rate.rule_id)} | {_share(rate.matched, rate.read)} | {last} | {sparkline(rate.points)} |"
+    yield "\n## Alerts\n"
+    if not report.alerts:
+        yield "None."
+    for alert in report.alerts:
+        where = f"step {alert.first_step}" if alert.first_step is not None else "agent"
+        yield (
+            f"- **{alert.severity.value}** {_escaped(alert.rule_title)}: {alert.state.value}, {alert.triage.value}, "
+            f"{where}, position {alert.position}, {_escaped(_certainty(alert))}\n  > {_escaped(alert.quote)}\n\n"
+            f"  `{alert.alert_id}`"
+        )
+    yield f"\n*{CAUTION}*"
+
+
+def _escaped(text: str) -> str:
+    """Text of a model or user that Markdown takes literally."""
+    return _MARKDOWN.sub(r"\\\1", clean(text))
+
+
+# -- plot ---------------------------------------------------------------------------------------------------------
+
+WIDTH: Final = 640
+HEIGHT: Final = 150
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 24
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One curve in SVG units, for the template."""
+
+    rate: RuleRate
+    dots: tuple[tuple[float, float, RatePoint], ...]
+    grid: tuple[tuple[float, str], ...]
+    """(y, label)."""
+    ticks: tuple[tuple[float, str], ...]
+    """(x, step)."""
+    alerts: tuple[tuple[float, str], ...]
+    """(x, what) of the alerts of this rule."""
+    width: int = WIDTH
+    height: int = HEIGHT
+
+    @property
+    def line(self) -> str:
+        """``points`` of the polyline."""
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in self.dots)
+
+
+def plot(rate: RuleRate, alerts: Sequence[Alert]) -> Plot:
+    """The rate of one rule over the steps; the scale goes to the next of 5, 10, 25, 50, 100 %."""
+    first, last = rate.points[0].first_step, rate.points[-1].last_step
+    top = next(limit for limit in (0.05, 0.1, 0.25, 0.5, 1.0) if max(point.rate for point in rate.points) <= limit)
+
+    def across(step: float) -> float:
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * ((step - first) / (last - first) if last > first else 0.5)
+
+    def up(share: float) -> float:
+        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * share / top
+
+    fired = [alert for alert in alerts if alert.rule_id == rate.rule_id and alert.first_step is not None]
+    return Plot(
+        rate=rate,
+        dots=tuple((across((point.first_step + point.last_step) / 2), up(point.rate), point) for point in rate.points),
+        grid=tuple((up(share), f"{share:.3g}".rstrip("0") if top < 0.1 else f"{share:.0%}") for share in _grid(top)),
+        ticks=tuple((across(step), str(step)) for step in sorted({first, (first + last) // 2, last})),
+        alerts=tuple(
+            (across(min(max(alert.last_step or first, first), last)), f"{alert.severity.value} alert")
+            for alert in fired
+        ),
+    )
+
+
+def _grid(top: float) -> tuple[float, float, float]:
+    return 0.0, top / 2, top
