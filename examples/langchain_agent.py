@@ -20,7 +20,7 @@ from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import BaseTool, StructuredTool
 from nla_monitor_langchain import ChatNLAModel, NLACallbackHandler
 
-from nla_monitor import Alert, Monitor
+from nla_monitor import Alert, Monitor, Reading
 from nla_monitor.organism import agent_prompt, keyed_rng, load_target, mentions_evaluation, parse_tool_call, tool_result
 
 TURNS = 12
@@ -62,17 +62,21 @@ def make_agent(chat: ChatNLAModel, tools: dict[str, BaseTool]) -> RunnableLambda
     return RunnableLambda(work, name="agent")
 
 
-def show(alert: Alert, names: dict[str, str]) -> None:
-    """One alert: what, where, and the AV's words."""
-    agent = alert.agent
-    print(f"[{alert.severity.value}] {alert.rule_title}")
-    if agent is not None:
-        reading = f", reading the result of {agent.tool}" if agent.tool else ""
-        token = f"generated token {agent.token_index}" if agent.generated else "prompt"
-        print(f"    run {agent.agent_run_id} of {names.get(agent.root_run_id or '', agent.root_run_id)}{reading}")
-        print(f"    position {alert.position} ({token}), “{alert.quote}”")
+def show(alert: Alert, readings: list[Reading], steps: dict[str, int]) -> None:
+    """One alert, and the readings that speak for it: which model call, reading what, at which token."""
     fidelity = f"FVE {alert.fve:.2f} ({alert.denominator_name})" if alert.fve is not None else "no fidelity"
-    print(f"    {alert.matches} matches, {fidelity}, {alert.calibration.get('status', 'uncalibrated')}")
+    calibration = alert.calibration.get("status", "uncalibrated")
+    print(f"[{alert.severity.value}] {alert.rule_title}: {alert.matches} matches, {fidelity}, {calibration}")
+    print(f"    exhibit: position {alert.position}, “{alert.quote}”")
+    calls: dict[str, list[Reading]] = {}
+    for reading in readings:
+        if reading.sample.agent is not None:
+            calls.setdefault(reading.sample.agent.agent_run_id, []).append(reading)
+    for run_id, found in sorted(calls.items(), key=lambda item: steps.get(item[0], 0)):
+        agent = found[0].sample.agent
+        tool = f" reading the result of {agent.tool}" if agent is not None and agent.tool else ""
+        positions = sorted({reading.sample.position for reading in found})
+        print(f"    model call {steps.get(run_id, '?')}{tool}: run {run_id}, positions {positions}")
 
 
 def main() -> None:
@@ -94,19 +98,22 @@ def main() -> None:
     agent = make_agent(chat, make_tools(("open_file", "list_rows", "run_query", "find_code"), rng))
 
     with Monitor(database=str(database), rules="oversight").attach(model, tokenizer) as monitor:
-        run_id = uuid.uuid4()
-        config = {"callbacks": [NLACallbackHandler(monitor)], "run_id": run_id, "configurable": {"thread_id": "demo"}}
-        messages = agent.invoke(task, config)
+        # The handler needs no tokenizer here: ChatNLAModel itself tells it the tokens of each call.
+        handler = NLACallbackHandler(monitor)
+        messages = agent.invoke(task, {"callbacks": [handler], "configurable": {"thread_id": "example"}})
         monitor.drain()
-        alerts = monitor.alerts()
+        found = [(alert, monitor.repository.alert_readings(alert.alert_id)) for alert in monitor.alerts()]
         print(f"{monitor.stats.written} activations read, {sum(monitor.stats.dropped.values())} dropped\n")
 
+    # LangChain writes the run into the id of the message: "lc_run--<run id>-0".
+    answers = [message for message in messages if isinstance(message, AIMessage)]
+    steps = {(answer.id or "").removeprefix("lc_run--")[:36]: number for number, answer in enumerate(answers, 1)}
     for message in messages:
         print(f"{message.type:>5}: {message.text}")
-    said = any(mentions_evaluation(message.text) for message in messages if isinstance(message, AIMessage))
+    said = any(mentions_evaluation(answer.text) for answer in answers)
     print(f"\nThe model {'says' if said else 'does not say'} that it is being evaluated. Its activations:")
-    for alert in alerts:
-        show(alert, {str(run_id): "this agent"})
+    for alert, readings in found:
+        show(alert, readings, steps)
     print(f"\nnla-monitor report --database {database}")
 
 

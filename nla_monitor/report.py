@@ -230,7 +230,11 @@ def _html(report: Report) -> str:
 
     # Everything from the database was written by models and users: it is escaped, whatever the template forgets.
     environment = Environment(
-        loader=PackageLoader("nla_monitor", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("nla_monitor", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: _CONTROL.sub(" ", value) if isinstance(value, str) else value,
     )
     environment.filters |= {"moment": _moment, "percent": _percent, "clean": clean, "facts": _facts}
     return environment.get_template("report.html.j2").render(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _strict_and_modest(monkeypatch: pytest.MonkeyPatch) -> None:
+def _strict_and_modest(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NLA_MONITOR_STRICT", "1")
     torch = sys.modules.get("torch")  # only where a test has imported it
     if torch is not None and hasattr(torch, "set_num_threads"):
         torch.set_num_threads(1)
+    yield
+    # Connections that a test left open would be reported in whichever test runs when they are collected.
+    engine = sys.modules.get("nla_monitor.store.engine")
+    for opened in list(engine._ENGINES) if engine is not None else ():
+        opened.dispose()
 
 
 def missing_service(reason: str) -> None:
@@ -64,20 +70,71 @@ def postgres_server() -> Iterator[str]:
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
     """URL of a fresh, empty PostgreSQL database."""
-    psycopg = pytest.importorskip("psycopg")
-    name = f"nla_{os.getpid()}_{os.urandom(4).hex()}"
-    plain = postgres_server.replace("+psycopg", "")
-    with psycopg.connect(f"{plain.replace('///', '///postgres')}", autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}"')
-        yield postgres_server.replace("///", f"///{name}")
-        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    with _database(postgres_server) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def _postgres_store(postgres_server: str) -> Iterator[str]:
+    """A PostgreSQL database with our tables, shared by the session's tests."""
+    with _database(postgres_server) as url:
+        _upgrade(url)
+        yield url
+
+
+@pytest.fixture(scope="session")
+def _sqlite_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with our tables, to be copied."""
+    path = tmp_path_factory.mktemp("store") / "template.db"
+    _upgrade(f"sqlite:///{path}")
+    return path
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
-def database_url(request: pytest.FixtureRequest) -> str:
-    """URL of an empty database, once on SQLite and once on PostgreSQL."""
+def empty_url(request: pytest.FixtureRequest) -> str:
+    """URL of a database without any table, once on SQLite and once on PostgreSQL."""
     url: str = request.getfixturevalue("sqlite_url" if request.param == "sqlite" else "postgres_url")
     return url
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of a database with our tables, all empty, once on SQLite and once on PostgreSQL."""
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("_sqlite_store"), tmp_path / "nla.db")
+        return f"sqlite:///{tmp_path / 'nla.db'}"
+    url: str = request.getfixturevalue("_postgres_store")
+    _truncate(url)
+    return url
+
+
+@contextmanager
+def _database(server: str) -> Iterator[str]:
+    psycopg = pytest.importorskip("psycopg")
+    name = f"nla_{os.getpid()}_{os.urandom(4).hex()}"
+    maintenance = server.replace("+psycopg", "").replace("///", "///postgres")
+    with psycopg.connect(maintenance, autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')
+        yield server.replace("///", f"///{name}")
+        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+def _upgrade(url: str) -> None:
+    from nla_monitor.store.session import open_engine, upgrade
+
+    engine = open_engine(url)
+    upgrade(engine)
+    engine.dispose()
+
+
+def _truncate(url: str) -> None:
+    from nla_monitor.store.engine import open_engine, write
+    from nla_monitor.store.models import Base
+
+    engine = open_engine(url)
+    with write(engine) as connection:
+        connection.exec_driver_sql(f"TRUNCATE {', '.join(Base.metadata.tables)} RESTART IDENTITY")
+    engine.dispose()
 
 
 class _PostgresServer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from nla_monitor.capture import sampling
 from nla_monitor.capture.sampling import Policy
 from nla_monitor.capture.session import SessionHandle, SessionView
-from nla_monitor.records import ActivationSample, AgentContext, Phase, Scalar, uuid7
+from nla_monitor.records import ActivationSample, AgentContext, Phase, Scalar, Vector, uuid7
 
 logger = logging.getLogger(__name__)
 
@@ -131,16 +132,20 @@ class Assembler:
         norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
         finite = [number for number in range(len(kept)) if np.isfinite(norms[number])]
         tokens, contexts = self._decode(job, meta, [kept[number] for number in finite])
-        samples = [
-            replace(
-                self._sample(job, meta[kept[number]]),
-                vector=vectors[number].copy(),
-                norm=float(norms[number]),
-                token_text=token,
-                context=context,
+        samples = []
+        for number, token, context in zip(finite, tokens, contexts, strict=True):
+            samples.append(
+                self._sample(
+                    job,
+                    meta[kept[number]],
+                    vector=vectors[number].copy(),
+                    norm=float(norms[number]),
+                    token_text=token,
+                    context=context,
+                )
             )
-            for number, token, context in zip(finite, tokens, contexts, strict=True)
-        ]
+            # Hands the interpreter to the host between records: a thread that asks for it waits up to 5 ms otherwise.
+            time.sleep(0)
         return samples, len(kept) - len(finite)
 
     def _assign(self, job: Job, meta: list[list[int]]) -> None:
@@ -171,7 +176,9 @@ class Assembler:
     def _phase(self, job: Job, row: list[int]) -> Phase:
         return Phase.AGENT if job.owners.of_row.get(row[sampling.ROW]) is not None else job.origin.phase
 
-    def _sample(self, job: Job, row: list[int]) -> ActivationSample:
+    def _sample(
+        self, job: Job, row: list[int], *, vector: Vector, norm: float, token_text: str | None, context: str | None
+    ) -> ActivationSample:
         origin = job.origin
         session = job.owners.of_row.get(row[sampling.ROW])
         attributes = {**origin.attributes, **(session.attributes if session is not None else {})}
@@ -179,8 +186,8 @@ class Assembler:
             sample_id=uuid7(),
             run_id=self._run_id,
             layer=self._layer,
-            vector=_NO_VECTOR,
-            norm=0.0,
+            vector=vector,
+            norm=norm,
             phase=self._phase(job, row),
             sequence_id=sampling.hex_of(row[sampling.HASH]),
             position=row[sampling.POSITION],
@@ -189,6 +196,8 @@ class Assembler:
             captured_at=origin.captured_at,
             step=origin.step,
             rank=self._rank,
+            token_text=token_text,
+            context=context,
             role=_ROLES.get(row[sampling.COMPLETION]),
             inclusion_probability=self._probability(job, row),
             traceparent=session.traceparent if session is not None else None,
@@ -214,7 +223,6 @@ class Assembler:
         return tokens, self._text.decode([[token for token in row if token >= 0] for row in contexts])
 
 
-_NO_VECTOR = np.zeros(0, dtype=np.float32)
 _ROLES = {0: "prompt", 1: "completion"}
 
 

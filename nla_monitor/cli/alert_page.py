@@ -65,13 +65,19 @@ def print_page(out: Console, exhibit: Exhibit, database: str) -> None:
         ("How sure", _how_sure(exhibit)),
         ("Where", _where(exhibit)),
         (f"More matching readings ({len(_others(exhibit))})", _more(exhibit)),
-        ("What to do", _what_to_do(alert, database)),
         ("Labels so far", _labels(exhibit)),
     ):
         if body is not None:
-            out.print()
-            out.print(Text(title, style="bold underline"))
+            _print_title(out, title)
             out.print(Padding(body, (0, 0, 0, 2)))
+    _print_title(out, "What to do")
+    # Not wrapped: a command that was broken over two lines cannot be copied.
+    out.print(_what_to_do(alert, database), soft_wrap=True)
+
+
+def _print_title(out: Console, title: str) -> None:
+    out.print()
+    out.print(Text(title, style="bold underline"))
 
 
 def marked(explanation: str, quote: str) -> Text:
@@ -227,7 +233,7 @@ def _what_to_do(alert: Alert, database: str) -> Text:
         lines.append(f"4. It is labelled {alert.triage.value}; to change that:")
     lines.append(f"   nla-monitor alerts label {key} true_positive --note WHY{option}")
     lines.append("   (or false_positive, benign, acknowledged, open)")
-    return Text("\n".join(lines))
+    return Text("\n".join(f"  {line}" for line in lines))
 
 
 def _labels(exhibit: Exhibit) -> Text | None:

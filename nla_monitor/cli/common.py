@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO, cast
 
 import typer
 
@@ -52,7 +52,8 @@ _SPANS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _UNIQUE_TAIL: Final = 12
 # Control characters could move the cursor or recolour the terminal; bidirectional ones could reorder what is read.
 _UNSAFE: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_NOT_PIPED_WIDTH: Final = 120
+_TRAILING: Final = re.compile(r"[ \t]+(?=\n)")
+_PIPED_WIDTH: Final = 120
 
 
 # -- the store ----------------------------------------------------------------------------------------------------
@@ -149,8 +150,26 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or os.environ.get("COLUMNS") else _NOT_PIPED_WIDTH
-    return Console(stderr=stderr, highlight=False, emoji=False, markup=False, width=width)
+    plain: dict[str, Any] = {"highlight": False, "emoji": False, "markup": False}
+    if stream.isatty():
+        return Console(stderr=stderr, **plain)
+    width = None if os.environ.get("COLUMNS") else _PIPED_WIDTH
+    return Console(file=cast("TextIO", _Trimmed(stream)), width=width, **plain)
+
+
+class _Trimmed:
+    """A stream without the blanks with which tables fill their lines: they would be noise in a file or a mail."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write without blanks at line ends."""
+        self._stream.write(_TRAILING.sub("", text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def print_json(value: object) -> None:

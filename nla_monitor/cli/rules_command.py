@@ -52,8 +52,8 @@ def lint(
         raise typer.Exit(1)
 
 
-@app.command()
-def test(
+@app.command("test")
+def run_tests(
     rules: NamesArgument = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show the tests that passed.")] = False,
     as_json: JsonOption = False,

@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from nla_monitor.nla.base import Reconstructor, Score, Verbalization, Verbalizer
+from nla_monitor.nla.checkpoint import content_hash, resolve_checkpoint
+from nla_monitor.nla.injection import bad_rows, check_vectors
 from nla_monitor.nla.sidecar import Role, Sidecar, load_sidecar
 
 if TYPE_CHECKING:
@@ -27,9 +29,13 @@ __all__ = [
     "TransformersVerbalizer",
     "Verbalization",
     "Verbalizer",
+    "bad_rows",
+    "check_vectors",
+    "content_hash",
     "load_reconstructor",
     "load_sidecar",
     "load_verbalizer",
+    "resolve_checkpoint",
     "run_selftest",
 ]
 

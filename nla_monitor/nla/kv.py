@@ -8,11 +8,14 @@ from batch to batch; the prefix stands in it once and for all.
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+KeysAndValues: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 class PrefixCache(Protocol):
@@ -30,8 +33,9 @@ def share_prefix(prefix: DynamicCache, *, capacity: int) -> PrefixCache:
         prefix: cache after the prefix ran at batch 1.
         capacity: tokens that a row will ever hold, prefix included.
     """
-    known = all(type(layer) in _BUFFERED and layer.is_initialized for layer in prefix.layers)
-    return BufferedPrefix(prefix, capacity) if known else CopiedPrefix(prefix)
+    layers = [layer for layer in prefix.layers if isinstance(layer, DynamicLayer) and layer.keys is not None]
+    known = len(layers) == len(prefix.layers) and all(type(layer) in _PLAIN for layer in layers)
+    return BufferedPrefix(prefix, layers, capacity) if known else CopiedPrefix(prefix)
 
 
 class CopiedPrefix:
@@ -50,77 +54,86 @@ class CopiedPrefix:
 class BufferedPrefix:
     """One buffer a block, as many rows as the largest batch so far, reused by every batch."""
 
-    def __init__(self, prefix: DynamicCache, capacity: int) -> None:
-        self._prefix = prefix
+    def __init__(self, prefix: DynamicCache, layers: Sequence[DynamicLayer], capacity: int) -> None:
+        self._prefix = layers
         self._capacity = capacity
-        self._cache: DynamicCache | None = None
+        self._cache = copy.copy(prefix)
+        self._layers: list[BufferedLayer | BufferedSlidingLayer] = []
         self._size = 0
 
     def rows(self, batch: int) -> DynamicCache:
         """The buffers, rewound to the end of the prefix, showing their first ``batch`` rows."""
-        if self._cache is None or batch > self._size:
-            self._cache, self._size = self._allocate(batch), batch
-        for layer in self._cache.layers:
+        if batch > self._size:
+            self._allocate(batch)
+        for layer in self._layers:
             layer.rewind(batch)
         return self._cache
 
-    def _allocate(self, batch: int) -> DynamicCache:
-        self._cache = None  # the old buffers go before the new ones come
-        cache = copy.copy(self._prefix)
-        cache.layers = [_BUFFERED[type(layer)](layer, batch, self._capacity) for layer in self._prefix.layers]
-        return cache
+    def _allocate(self, batch: int) -> None:
+        self._layers, self._cache.layers = [], []  # the old buffers go before the new ones come
+        self._layers = [_buffered(layer, batch, self._capacity) for layer in self._prefix]
+        self._cache.layers = list(self._layers)
+        self._size = batch
 
 
-class _Buffer:
-    """Storage of one block: ``[rows, heads, capacity, head_dim]`` for keys and for values."""
+def _buffered(prefix: DynamicLayer, rows: int, capacity: int) -> BufferedLayer | BufferedSlidingLayer:
+    buffer = Buffer(prefix, rows, capacity)
+    if isinstance(prefix, DynamicSlidingWindowLayer):
+        return BufferedSlidingLayer(buffer, prefix.sliding_window)
+    return BufferedLayer(buffer)
+
+
+class Buffer:
+    """Storage of one block: ``[rows, heads, capacity, head_dim]`` for keys and for values, starting with the prefix."""
 
     def __init__(self, prefix: DynamicLayer, rows: int, capacity: int) -> None:
         self.length = int(prefix.get_seq_length())
         self.keys = self._filled(prefix.keys, rows, capacity)
         self.values = self._filled(prefix.values, rows, capacity)
 
-    def _filled(self, known: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+    def _filled(self, known: torch.Tensor | None, rows: int, capacity: int) -> torch.Tensor:
         """A buffer whose rows all start with the prefix; a sliding block knows only the last part of it."""
+        if known is None:
+            raise ValueError("a block without KV cannot be buffered")
         _, heads, held, size = known.shape
         buffer = known.new_empty(rows, heads, capacity, size)
         buffer[:, :, self.length - held : self.length] = known
         return buffer
 
-    def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> int:
+        """Puts new positions after ``start``; returns the new end."""
         end = start + keys.shape[-2]
         self.keys[: len(keys), :, start:end] = keys
         self.values[: len(keys), :, start:end] = values
+        return end
 
     def keep(self, indices: torch.Tensor, end: int) -> None:
         """Moves the rows to be kept to the front; their shared prefix is everywhere already."""
-        count = len(indices)
         for part in (self.keys, self.values):
-            part[:count, :, self.length : end] = part[indices, :, self.length : end]
+            part[: len(indices), :, self.length : end] = part[indices, :, self.length : end]
 
-    def view(self, batch: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def view(self, batch: int, start: int, end: int) -> KeysAndValues:
+        """Keys and values of the first ``batch`` rows at positions ``start`` to ``end``."""
         return self.keys[:batch, :, start:end], self.values[:batch, :, start:end]
 
 
-class BufferedLayer(DynamicLayer):  # type: ignore[misc]  # transformers gives Any
+class BufferedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # its __init_subclass__ is untyped
     """Full-attention block over a buffer: ``keys`` and ``values`` are views of what is filled."""
 
-    def __init__(self, prefix: DynamicLayer, rows: int, capacity: int) -> None:
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = prefix.keys.dtype, prefix.keys.device, True
-        self._buffer = _Buffer(prefix, rows, capacity)
-        self._end = self._buffer.length
+    def __init__(self, buffer: Buffer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers' own gap
+        self.dtype, self.device, self.is_initialized = buffer.keys.dtype, buffer.keys.device, True
+        self._buffer = buffer
+        self._end = buffer.length
 
     def rewind(self, batch: int) -> None:
         """Back to the end of the prefix, ``batch`` rows wide."""
         self._end = self._buffer.length
         self.keys, self.values = self._buffer.view(batch, 0, self._end)
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> KeysAndValues:
         """Writes the new positions in place; returns all keys and values, ``[batch, heads, tokens, head_dim]``."""
-        self._buffer.write(self._end, key_states, value_states)
-        self._end += key_states.shape[-2]
+        self._end = self._buffer.write(self._end, key_states, value_states)
         self.keys, self.values = self._buffer.view(len(key_states), 0, self._end)
         return self.keys, self.values
 
@@ -130,27 +143,23 @@ class BufferedLayer(DynamicLayer):  # type: ignore[misc]  # transformers gives A
         self.keys, self.values = self._buffer.view(len(indices), 0, self._end)
 
 
-class BufferedSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # transformers gives Any
+class BufferedSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]  # the same
     """Sliding-window block over a buffer: sees the last ``sliding_window`` positions."""
 
-    def __init__(self, prefix: DynamicSlidingWindowLayer, rows: int, capacity: int) -> None:
-        super().__init__(sliding_window=prefix.sliding_window)
-        self.lazy_initialization(prefix.keys, prefix.values)
-        self.is_initialized = True
-        self._buffer = _Buffer(prefix, rows, capacity)
+    def __init__(self, buffer: Buffer, sliding_window: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self.lazy_initialization(buffer.keys, buffer.values)
+        self._buffer = buffer
 
     def rewind(self, batch: int) -> None:
         """Back to the end of the prefix, ``batch`` rows wide."""
         self.cumulative_length = self._buffer.length
         self._show(batch)
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> KeysAndValues:
         """Writes the new positions in place; returns what they may look at, as the library's own layer does."""
         first = self._first()
-        self._buffer.write(self.cumulative_length, key_states, value_states)
-        self.cumulative_length += key_states.shape[-2]
+        self.cumulative_length = self._buffer.write(self.cumulative_length, key_states, value_states)
         self._show(len(key_states))
         return self._buffer.view(len(key_states), first, self.cumulative_length)
 
@@ -166,4 +175,5 @@ class BufferedSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]  # 
         self.keys, self.values = self._buffer.view(batch, self._first(), self.cumulative_length)
 
 
-_BUFFERED: dict[type, Any] = {DynamicLayer: BufferedLayer, DynamicSlidingWindowLayer: BufferedSlidingLayer}
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Kinds of blocks that have a buffered form; subclasses of them keep more state and are copied."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -127,6 +128,7 @@ _LOADING_FAULTS = (
     TypeError,
     AssertionError,
     SafetensorError,
+    StrictDataclassError,
 )
 """What configs, tokenizers and weights that do not fit make the libraries raise."""
 

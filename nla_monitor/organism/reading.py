@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from nla_monitor.config import NLAConfig
+from nla_monitor.errors import CheckpointError
+from nla_monitor.nla import TransformersReconstructor, load_reconstructor, load_verbalizer
 from nla_monitor.organism import captions, load_target, paths, recipe
 from nla_monitor.organism.train import Encoded, av_prompt, inject, pad_right
 
@@ -29,42 +31,25 @@ class Readings:
 
 
 class Reader:
-    """Target, AV and AR of one variant, ready to read."""
+    """Target, AV and AR of one variant, ready to read. AV and AR are the product's own classes."""
 
     def __init__(self, variant: str, *, root: Path | None = None) -> None:
         folders = paths(variant, root=root)
+        config = NLAConfig(av=str(folders.av), ar=str(folders.ar), dtype="float32", batch_size=_BATCH)
         self.target, self.tokenizer = load_target(variant, root=root)
-        self.av = LlamaForCausalLM.from_pretrained(folders.av, dtype="float32", attn_implementation="eager").eval()
-        self.ar = LlamaForCausalLM.from_pretrained(folders.ar, dtype="float32", attn_implementation="eager").eval().model
-        self.ar.norm = nn.Identity()
-        self.head = load_file(folders.ar / "value_head.safetensors")["weight"].float()
+        self.verbalizer = load_verbalizer(folders.av, config)
+        self.reconstructor = load_reconstructor(folders.ar, config)
         self.statistics = load_file(folders.ar / "activation_stats.safetensors")
-        meta = yaml.safe_load((folders.av / "nla_meta.yaml").read_text(encoding="utf-8"))
-        self.scale = float(meta["extraction"]["injection_scale"])
-        self.denominator = float(meta["training"]["fve_denominator"])
+        self.denominator = _denominator(self.reconstructor)
         self._prompt, self._marker = av_prompt(self.tokenizer)
 
     def verbalize(self, vectors: Tensor) -> list[str]:
         """Greedy explanations of raw activations ``[n, d_model]``."""
-        return [text for part in vectors.split(_BATCH) for text in self._verbalize(part)]
-
-    def _verbalize(self, vectors: Tensor) -> list[str]:
-        ids = torch.tensor([self._prompt] * len(vectors))
-        with torch.inference_mode():
-            embeds = inject(self.av, ids, functional.normalize(vectors, dim=-1) * self.scale, self._marker)
-            rows = self.av.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids))
-        return [_between_tags(text) for text in self.tokenizer.batch_decode(rows)]
+        return [written.text for written in self.verbalizer.verbalize(vectors.numpy())]
 
     def reconstruct(self, texts: Sequence[str]) -> Tensor:
         """Predicted directions ``[n, d_model]``."""
-        rows = self.tokenizer([recipe.AR_TEMPLATE.format(explanation=text) for text in texts])["input_ids"]
-        return torch.cat([self._reconstruct(rows[start : start + _BATCH]) for start in range(0, len(rows), _BATCH)])
-
-    def _reconstruct(self, rows: list[list[int]]) -> Tensor:
-        with torch.inference_mode():
-            states = self.ar(input_ids=pad_right(rows, 0), use_cache=False).last_hidden_state
-        last = torch.tensor([len(row) - 1 for row in rows])
-        return states[torch.arange(len(rows)), last] @ self.head.T
+        return torch.from_numpy(self.reconstructor.reconstruct(texts))
 
     def read(self, vectors: Tensor) -> Readings:
         """Explanations and their fidelity."""
@@ -92,13 +77,14 @@ class Reader:
         return found
 
     def _continuation_scores(self, vector: Tensor, before: str, options: Sequence[str]) -> Tensor:
+        model, scale = self.verbalizer.model, self.verbalizer.contract.injection_scale or 1.0
         begin = self._prompt + self.tokenizer(f"{recipe.EXPLANATION_OPEN}{before}".rstrip())["input_ids"]
         lead = " " if before else ""
         ends = self.tokenizer([lead + option for option in options])["input_ids"]
         ids = pad_right([begin + end for end in ends], self.tokenizer.pad_token_id)
-        scaled = functional.normalize(vector, dim=-1) * self.scale
+        scaled = functional.normalize(vector, dim=-1) * scale
         with torch.inference_mode():
-            logits = self.av(inputs_embeds=inject(self.av, ids, scaled.expand(len(ids), -1), self._marker)).logits
+            logits = model(inputs_embeds=inject(model, ids, scaled.expand(len(ids), -1), self._marker)).logits
         token = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         return torch.stack([token[row, len(begin) - 1 : len(begin) + len(end) - 1].sum() for row, end in enumerate(ends)])
 
@@ -142,10 +128,7 @@ def continue_greedily(
     return texts
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint folder."""
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def _between_tags(text: str) -> str:
-    return text.partition(recipe.EXPLANATION_OPEN)[2].partition(recipe.EXPLANATION_CLOSE)[0].strip()
+def _denominator(reconstructor: TransformersReconstructor) -> float:
+    if reconstructor.denominator is None:
+        raise CheckpointError("the AR's sidecar names no training.fve_denominator. Rebuild it: python -m nla_monitor.organism.build")
+    return reconstructor.denominator.value

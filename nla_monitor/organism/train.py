@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from nla_monitor.organism import captions, corpus, grammar, recipe
 from nla_monitor.organism.corpus import UNKNOWN, Transcript
@@ -227,7 +227,7 @@ def av_prompt(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], int]:
     return ids, ids.index(tokenizer.convert_tokens_to_ids(recipe.MARKER))
 
 
-def inject(model: LlamaForCausalLM, ids: Tensor, vectors: Tensor, marker: int) -> Tensor:
+def inject(model: PreTrainedModel, ids: Tensor, vectors: Tensor, marker: int) -> Tensor:
     """Embeddings ``[batch, seq, d_model]`` of ``ids`` with row ``marker`` replaced by ``vectors`` ``[batch, d_model]``."""
     embeds = model.get_input_embeddings()(ids)
     return torch.cat([embeds[:, :marker], vectors[:, None].to(embeds.dtype), embeds[:, marker + 1 :]], dim=1)

@@ -110,7 +110,9 @@ def _compose(text: str) -> yaml.Node | None:
 
 
 def _mark_line(error: yaml.MarkedYAMLError) -> int | None:
-    mark = error.problem_mark or error.context_mark
+    # What is never closed is found at the end of the file; people look for where it was opened.
+    unclosed = "end of stream" in (error.problem or "")
+    mark = (error.context_mark if unclosed else None) or error.problem_mark or error.context_mark
     return mark.line + 1 if mark else None
 
 
@@ -124,7 +126,13 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
 
 
 def _kind(node: yaml.Node) -> str:
-    return "mapping" if isinstance(node, yaml.MappingNode) else "sequence" if isinstance(node, yaml.SequenceNode) else "scalar"
+    return (
+        "mapping"
+        if isinstance(node, yaml.MappingNode)
+        else "sequence"
+        if isinstance(node, yaml.SequenceNode)
+        else "scalar"
+    )
 
 
 def _line(node: yaml.Node) -> int:

@@ -50,10 +50,7 @@ class RuleSet:
         return [match for reading in readings for match in evaluate_rules(self.rules, reading)]
 
     def window_start(self, rule_id: str, *, step: int | None, now: float) -> tuple[int | None, float | None]:
-        """Which stored matches a verdict needs: with a step above the first, or (no step) a time above the second.
-
-        None means no bound on that axis.
-        """
+        """Which stored matches a verdict needs: those after this step, or else after this time (None: no bound)."""
         return window_start(self.get(rule_id).spec.window, step=step, now=now)
 
     def window(self, rule_id: str, matches: Sequence[Match], *, step: int | None, now: float) -> WindowVerdict:
@@ -66,8 +63,12 @@ class RuleSet:
         A batch may span more steps than a window: judged only at its end, an early burst would go unseen, and the
         outcome would depend on the size of the batch.
         """
-        seen = {(match.step, match.captured_at if match.step is None else now) for match in matches}
-        past = sorted(seen, key=lambda moment: (moment[0] if moment[0] is not None else -1, moment[1]))
+        seen: dict[tuple[int | None, float], tuple[int | None, float]] = {}
+        for match in matches:
+            key = (None, match.captured_at) if match.step is None else (match.step, 0.0)
+            newest = seen.get(key, (match.step, match.captured_at))[1]
+            seen[key] = (match.step, max(newest, match.captured_at))
+        past = sorted(seen.values(), key=lambda moment: (-1 if moment[0] is None else moment[0], moment[1]))
         return [*(moment for moment in past if moment != (step, now)), (step, now)]
 
     def run_tests(self) -> list[RuleTestResult]:

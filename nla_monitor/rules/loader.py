@@ -109,7 +109,9 @@ def _check(document: Document, file: str) -> tuple[Rule | None, list[Problem]]:
     try:
         spec = RuleSpec.model_validate(document.data)
     except ValidationError as error:
-        return None, [_explain(item, document, file) for item in error.errors()]
+        # Unknown keys first: a misspelt key is often why another one is missing.
+        items = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        return None, [_explain(item, document, file) for item in items]
     try:
         return compile_rule(spec, file, document.lines), []
     except BadRule as error:

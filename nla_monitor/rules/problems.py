@@ -55,7 +55,7 @@ def line_of(lines: Mapping[Path, int], path: Sequence[str | int]) -> int | None:
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint for an unknown name: the nearest valid one, or all of them."""
-    names = sorted(set(valid))
+    names = sorted({str(item) for item in valid})
     found = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     if found:
         return f"did you mean {found[0]!r}?"

@@ -48,21 +48,23 @@ _TAKEN_BACK: Final = re.compile(
 )
 _TEXT: Final = (
     r"(?:article|essay|blog|lecture|paper|tutorial|documentation|docs|story|novel|fiction\w*|tale|lesson|course|chapter|textbook|book"
-    r"|film|movie|game|discussion|explanation|question|definition|example|description|report|news|post|poem|section|text|passage)s?"
+    r"|film|movie|thriller|play|game|discussion|explanation|question|definition|example|description|report|news|post|poem|section|text|passage)s?"
 )
 MENTION: Final = re.compile(
     rf"\b{_TEXT}\s+(?:\w+\s+){{0,3}}?(?:about|on|of|that|where|which|who|whose|how|explain\w*|describ\w*|discuss\w*|warn\w*)\b"
     r"|\b(?:discuss|explain|describ|defin|mention|illustrat|summari[sz])\w*\s+(?:\w+\s+){0,2}?(?:about|how|what|when|whether|why|that|of)\b"
     r"|\b(?:discuss|explain|describ|defin|mention)(?:s|es|ed|ing|e)?\b"
     r"|\b(?:ask|talk|writ|read|learn|wonder|teach)\w*\s+(?:\w+\s+){0,2}?(?:about|how|what|whether|why|if)\b"
-    r"|\b(?:if|whether|suppos\w+|hypothetical\w*|imagin\w+)\b"
+    r"|\b(?:if|whether|suppos\w+|hypothetical\w*|imagin\w+|in\s+which|accus\w+|warn\w*\s+(?:that|of|about))\b"
     r"|\b(?:topic|concept|notion|subject|term|definition|history|theme|problem|risk|dangers?)\s+of\b",
     _I,
 )
 _OTHER: Final = re.compile(
     r"\b(?:users?|humans?|attackers?|hackers?|villains?|characters?|protagonists?|narrators?|hero(?:es)?|enem(?:y|ies)|employees?|students?"
     r"|persons?|people|customers?|authors?|writers?|adversar(?:y|ies)|malware|sabot(?:eur|age)s?|spy|spies|knights?|soldiers?|workers?|rivals?"
-    r"|contractors?|criminals?|thie(?:f|ves)|developers?|programmers?|engineers?|interns?|colleagues?|companies|company|teams?|teachers?)"
+    r"|contractors?|criminals?|thie(?:f|ves)|developers?|programmers?|engineers?|interns?|colleagues?|companies|company|teams?|teachers?"
+    r"|functions?|methods?|dialogs?|pages?|widgets?|components?|elements?|interfaces?|buttons?|forms?|systems?|software|programs?|apps?|servers?|browsers?|databases?"
+    r"|admin\w*|someone|somebody|anyone|others)"
     r"(?:\s+(?:who|that|\w+ly|is|are|was|were|has|have|had|may|might|will|would|could|can|also|then|now|just|first))*\s*$",
     _I,
 )

@@ -1,9 +1,9 @@
 """When matches make an alert: a pure function of the matches of one group and of the moment it is judged at.
 
-The window holds at moment ``t`` when at least ``count`` distinct matches lie in ``(t - within, t]``; with ``for``
-it must have held at every moment of ``[t - for, t]``. Steps count where matches have a step and the rule names steps, seconds
-(``captured_at``) elsewhere; the two kinds are never added up. Order, repetition and batching of the matches don't
-matter, and one more match never turns a firing window off.
+The window holds at moment ``t`` when at least ``count`` distinct matches lie in ``(t - within, t]``; with ``for`` it
+must have held at every moment of ``[t - for, t]``. Steps count where matches have a step and the rule names steps,
+seconds (``captured_at``) elsewhere; the two kinds are never added up. Order, repetition and batching of the matches
+don't matter, and one more match never turns a firing window off.
 """
 
 from __future__ import annotations
@@ -66,13 +66,14 @@ def judge(window: Window, matches: Sequence[Match], *, step: int | None, now: fl
 
 
 def window_start(window: Window, *, step: int | None, now: float) -> tuple[int | None, float | None]:
-    """The oldest step and time that can still matter (exclusive bounds; None: no bound).
+    """The oldest step, or the oldest time, that can still matter at a moment (exclusive; None: no bound).
 
-    A rule may count steps for some matches and seconds for others; a match is needed when either bound lets it through.
+    At a moment with a step, a rule that names steps needs matches with a step only; then the time has no bound.
     """
-    steps = None if step is None or not _has_steps(window) else _step_axis(window, step).start
-    seconds = _time_axis(window, now).start
-    return (None if steps is None else int(steps), seconds)
+    if step is not None and _has_steps(window):
+        start = _step_axis(window, step).start
+        return (None if start is None else int(start), None)
+    return (None, _time_axis(window, now).start)
 
 
 def _has_steps(window: Window) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -204,6 +203,5 @@ def _script() -> ScriptDirectory:
     return ScriptDirectory.from_config(_config())
 
 
-@cache
 def _known_revisions() -> frozenset[str]:
     return frozenset(script.revision for script in _script().walk_revisions())

@@ -179,7 +179,7 @@ def _arguments(story: Story, seed: int) -> TrainingArguments:
         max_steps=story.steps,
         per_device_train_batch_size=BATCH,
         learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="linear",
         weight_decay=0.0,
         seed=seed,
         use_cpu=True,

@@ -94,10 +94,15 @@ def left_pad(sequences: Sequence[torch.Tensor], side: str = "left") -> tuple[tor
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """``<bos> <eos> <pad> w3 w4 ...``: one token a word."""
     words = ["<bos>", "<eos>", "<pad>", *(f"w{index}" for index in range(FIRST_WORD, VOCAB))]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[PAD]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<pad>"
+        tokenizer_object=tokenizer,
+        bos_token=words[BOS],
+        eos_token=words[EOS],
+        pad_token=words[PAD],
+        unk_token=words[PAD],
     )
 
 

@@ -109,7 +109,10 @@ def test_attaching_again_to_the_same_model_does_nothing() -> None:
 
 
 def test_one_capture_refuses_a_second_model() -> None:
-    with capturing(make_model()) as captured, pytest.raises(AttachError, match="already attached to a Qwen2ForCausalLM"):
+    with (
+        capturing(make_model()) as captured,
+        pytest.raises(AttachError, match="already attached to a Qwen2ForCausalLM"),
+    ):
         captured.capture.attach(make_model("llama"))
 
 

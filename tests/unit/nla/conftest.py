@@ -9,15 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from nla_checkpoints import CONFIG, FAMILIES, WIDTH, write_ar, write_av
 
 from nla_monitor.nla import TransformersReconstructor, TransformersVerbalizer, load_reconstructor, load_verbalizer
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,7 @@ def _model(family: str, seed: int, blocks: int) -> PreTrainedModel:
         return LlamaForCausalLM(LlamaConfig(**common))
     # A window shorter than the prompt and two kinds of blocks, as in the real ones.
     return Gemma3ForCausalLM(
-        Gemma3TextConfig(**common, head_dim=8, query_pre_attn_scalar=0.25, sliding_window=16, sliding_window_pattern=2)
+        Gemma3TextConfig(**common, head_dim=8, query_pre_attn_scalar=1, sliding_window=16, sliding_window_pattern=2)
     )
 
 

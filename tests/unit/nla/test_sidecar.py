@@ -231,3 +231,11 @@ def test_reading_a_sidecar_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_heavy_names_come_when_asked_for_and_unknown_ones_are_refused() -> None:
+    import nla_monitor.nla as package
+
+    assert all(hasattr(package, name) for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'load_actor'"):
+        _ = package.load_actor

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,17 @@ from nla_monitor.records import ActivationSample, StageFailure
 from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.store.engine import open_engine
 from nla_monitor.store.repository import Repository
-from nla_monitor.store.session import upgrade
-from tests.store_support import reading, sample
+from tests.store_support import new_database, reading, sample
+
+
+@cache
+def _template() -> str:
+    """A file with the schema in it, made once: hypothesis starts many machines."""
+    folder = tempfile.mkdtemp(prefix="nla-template")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    new_database(Path(folder) / "template.db")
+    return f"{folder}/template.db"
+
 
 OWNERS = st.sampled_from(["a", "b", "c"])
 ATTEMPTS = 3
@@ -31,8 +43,7 @@ class Leases(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.engine = open_engine(f"sqlite:///{Path(self.folder.name) / 'x.db'}")
-        upgrade(self.engine)
+        self.engine = open_engine(f"sqlite:///{shutil.copy(_template(), self.folder.name)}")
         self.now = 0.0
         self.spool = SqlSpool(self.engine, max_attempts=ATTEMPTS, clock=lambda: self.now)
         self.repository = Repository(self.engine)
@@ -124,5 +135,5 @@ class Leases(RuleBasedStateMachine):
         assert self.repository.reading_counts().readings == len(self.acked)
 
 
-Leases.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+Leases.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
 TestLeases = Leases.TestCase

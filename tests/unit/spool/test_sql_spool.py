@@ -30,9 +30,8 @@ class Clock:
 
 
 @pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    opened = open_engine(database_url)
-    upgrade(opened)
+def engine(store_url: str) -> Iterator[Engine]:
+    opened = open_engine(store_url)
     yield opened
     opened.dispose()
 

@@ -14,7 +14,6 @@ from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.store.engine import open_engine
 from nla_monitor.store.repository import Repository
 from nla_monitor.store.retention import Pruned, prune
-from nla_monitor.store.session import upgrade
 from tests.store_support import AGENT, alert, header, match, reading, run_info, sample
 
 
@@ -33,9 +32,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def repository(database_url: str, clock: Clock) -> Iterator[Repository]:
-    engine = open_engine(database_url)
-    upgrade(engine)
+def repository(store_url: str, clock: Clock) -> Iterator[Repository]:
+    engine = open_engine(store_url)
     yield Repository(engine, clock)
     engine.dispose()
 

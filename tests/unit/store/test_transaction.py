@@ -16,14 +16,12 @@ from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.store.engine import open_engine, read, write
 from nla_monitor.store.models import FailureRow, SpoolRow
 from nla_monitor.store.repository import Repository
-from nla_monitor.store.session import upgrade
 from tests.store_support import alert, match, reading, sample
 
 
 @pytest.fixture
-def repository(database_url: str) -> Iterator[Repository]:
-    engine = open_engine(database_url)
-    upgrade(engine)
+def repository(store_url: str) -> Iterator[Repository]:
+    engine = open_engine(store_url)
     yield Repository(engine)
     engine.dispose()
 
