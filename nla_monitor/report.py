@@ -236,7 +236,13 @@ def _html(report: Report) -> str:
         trim_blocks=True,
         finalize=lambda value: _CONTROL.sub(" ", value) if isinstance(value, str) else value,
     )
-    environment.filters |= {"moment": _moment, "percent": _percent, "clean": clean, "facts": _facts}
+    environment.filters |= {
+        "certainties": _certainties,
+        "clean": clean,
+        "facts": _facts,
+        "moment": _moment,
+        "percent": _percent,
+    }
     return environment.get_template("report.html.j2").render(
         report=report, caution=CAUTION, plots=[plot(rate, report.alerts) for rate in report.rates if rate.points]
     )
@@ -320,8 +326,23 @@ def _alert_line(alert: Alert) -> str:
 
 
 def _certainty(alert: Alert) -> str:
-    fve = f"FVE {alert.fve:.2f} ({clean(alert.denominator_name or 'unnamed')})" if alert.fve is not None else "no FVE"
+    fve = (
+        f"FVE {alert.fve:.2f} (denominator: {clean(alert.denominator_name or 'unnamed')})"
+        if alert.fve is not None
+        else "no FVE"
+    )
     return f"{fve}, {clean(str(alert.calibration.get('status', 'uncalibrated')))}"
+
+
+def _certainties(alert: Alert) -> list[str]:
+    """Fidelity, calibration and the controls, each as a few words."""
+    cosine = [f"cosine {alert.cosine:.2f}"] if alert.cosine is not None else []
+    controls = [f"{clean(name)}: {clean(_control(value))}" for name, value in alert.evidence.items()]
+    return [_certainty(alert), *cosine, *controls]
+
+
+def _control(value: object) -> str:
+    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, Mapping) else str(value)
 
 
 def _markdown(report: Report) -> Iterator[str]:

@@ -198,7 +198,7 @@ class Assembler:
             rank=self._rank,
             token_text=token_text,
             context=context,
-            role=_ROLES.get(row[sampling.COMPLETION]),
+            role=_ROLES.get(row[sampling.COMPLETION], "prompt" if session is not None else None),
             inclusion_probability=self._probability(job, row),
             traceparent=session.traceparent if session is not None else None,
             agent=_agent(session, job.generated),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -71,8 +72,7 @@ def print_page(out: Console, exhibit: Exhibit, database: str) -> None:
             _print_title(out, title)
             out.print(Padding(body, (0, 0, 0, 2)))
     _print_title(out, "What to do")
-    # Not wrapped: a command that was broken over two lines cannot be copied.
-    out.print(_what_to_do(alert, database), soft_wrap=True)
+    _print_what_to_do(out, alert, database)
 
 
 def _print_title(out: Console, title: str) -> None:
@@ -198,42 +198,51 @@ def _others(exhibit: Exhibit) -> list[Reading]:
     return [reading for reading in exhibit.readings if reading.sample_id != exhibit.alert.sample_id]
 
 
-def _more(exhibit: Exhibit) -> Table | None:
+def _more(exhibit: Exhibit) -> Group | None:
     others = _others(exhibit)
     if not others:
         return None
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(ratio=1)
-    for reading in others[:_MORE_READINGS]:
-        sample, fidelity = reading.sample, reading.fidelity
-        fve = f" · FVE {fidelity.fve:.2f}" if fidelity is not None and fidelity.fve is not None else ""
-        step = f"step {sample.step} · " if sample.step is not None else ""
-        table.add_row(f"{step}position {sample.position}{fve}", cut(reading.explanation.text, 240))
+    lines = [_other(exhibit.alert, reading) for reading in others[:_MORE_READINGS]]
     if len(others) > _MORE_READINGS:
-        table.add_row("", f"and {len(others) - _MORE_READINGS} more (see --json)")
-    return table
+        lines.append(Text(f"and {len(others) - _MORE_READINGS} more (see --json)"))
+    return Group(*lines)
 
 
-def _what_to_do(alert: Alert, database: str) -> Text:
-    option = "" if database == DEFAULT_DATABASE else f" --database {database}"
-    key = short(alert.alert_id)
-    lines = [
-        f"1. Runbook: {safe(alert.runbook, one_line=True) if alert.runbook else 'this rule has none'}",
-        "2. Read the context above: does the text itself say what the explanation says (an echo)?",
-    ]
+def _other(alert: Alert, reading: Reading) -> Text:
+    sample, fidelity = reading.sample, reading.fidelity
+    fve = f", FVE {fidelity.fve:.2f}" if fidelity is not None and fidelity.fve is not None else ""
+    step = f"step {sample.step}, " if sample.step is not None else "agent, "
+    same = reading.explanation.text == alert.explanation
+    said = "the same words" if same else cut(reading.explanation.text, 240)
+    return Text.assemble((f"{step}position {sample.position}{fve}: ", "dim"), said)
+
+
+def _print_what_to_do(out: Console, alert: Alert, database: str) -> None:
+    option = "" if database == DEFAULT_DATABASE else f" --database {shlex.quote(database)}"
     step = f" --step {alert.last_step}" if alert.last_step is not None else ""
-    lines.append("3. Look at what else was read there:")
-    lines.append(f"   nla-monitor samples --run {alert.run_id}{step} --explanations{option}")
+    runbook = safe(alert.runbook, one_line=True) if alert.runbook else "this rule has none"
+    told = "Say what it was; that is how the rule's precision becomes known"
+    if alert.triage is not TriageState.OPEN:
+        told = f"It is labelled {alert.triage.value}; to change that"
+    for text, command in (
+        (f"1. Runbook: {runbook}", None),
+        ("2. Read the context above: does the text itself say what the explanation says (an echo)?", None),
+        (
+            "3. Look at what else was read there:",
+            f"nla-monitor samples --run {alert.run_id}{step} --explanations{option}",
+        ),
+        (
+            f"4. {told} (true_positive, false_positive, benign, acknowledged, open):",
+            f"nla-monitor alerts label {short(alert.alert_id)} true_positive --note WHY{option}",
+        ),
+    ):
+        out.print(Padding(Text(text), (0, 0, 0, 2)))
+        if command is not None:
+            # Not wrapped: a command that was broken over two lines cannot be copied.
+            out.print(Text(f"     {command}", style="bold"), soft_wrap=True)
     if alert.state is AlertState.FIRING:
-        lines.append("   It still fires: it resolves by itself when the rule's window no longer holds.")
-    if alert.triage is TriageState.OPEN:
-        lines.append("4. Say what it was; that is how the rule's precision becomes known:")
-    else:
-        lines.append(f"4. It is labelled {alert.triage.value}; to change that:")
-    lines.append(f"   nla-monitor alerts label {key} true_positive --note WHY{option}")
-    lines.append("   (or false_positive, benign, acknowledged, open)")
-    return Text("\n".join(f"  {line}" for line in lines))
+        resolve = "It still fires, and resolves by itself when the rule's window no longer holds."
+        out.print(Padding(Text(resolve), (0, 0, 0, 2)))
 
 
 def _labels(exhibit: Exhibit) -> Text | None:

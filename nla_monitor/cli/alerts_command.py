@@ -18,7 +18,6 @@ from nla_monitor.cli.common import (
     age,
     console,
     cut,
-    fidelity_text,
     find_alert,
     find_run,
     opened,
@@ -161,10 +160,14 @@ def _told(alert: Alert, quote: int) -> Text:
     text = Text(safe(alert.rule_title, one_line=True), style="bold")
     if alert.quote:
         text.append(f"\n“{cut(alert.quote, quote)}”", style="not bold")
-    text.append(
-        f"\n{fidelity_text(alert.cosine, alert.fve, alert.denominator_name)}; {certainty}", style="not bold dim"
-    )
+    text.append(f"\n{_fidelity(alert)}; {safe(certainty, one_line=True)}", style="not bold dim")
     return text
+
+
+def _fidelity(alert: Alert) -> str:
+    if alert.fve is None:
+        return "no FVE" if alert.cosine is not None else "no fidelity"
+    return f"FVE {alert.fve:.2f} ({safe(alert.denominator_name or 'unnamed denominator', one_line=True)})"
 
 
 def _where(alert: Alert) -> str:

@@ -58,10 +58,9 @@ def _download(repo: str, folder: str, revision: str | None, patterns: Sequence[s
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise CheckpointError(
             f"checkpoint {repo!r} (revision {revision or 'main'}) cannot be fetched from the hub: "
-            f"{_first_line(error)}. "
-            "If it is a local folder, the path does not exist from here. If it is a hub id, check its spelling, the "
-            "revision "
-            "and your access; without a network, download it beforehand and give the folder."
+            f"{_first_line(error)}. If it is a local folder, the path does not exist from here. If it is a hub id, "
+            "check its spelling, the revision and your access; without a network, download it beforehand and give the "
+            "folder."
         ) from error
     local = Path(root) / folder
     if not local.is_dir():

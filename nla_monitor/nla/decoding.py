@@ -101,7 +101,6 @@ def _check_finite(logits: torch.Tensor) -> None:
     if bad:
         raise NonFiniteWeightsError(
             f"the AV's first logits hold NaN or Inf for {bad} of {len(logits)} vectors. If nla.dtype is float16, use "
-            "bfloat16 "
-            "or float32 (Gemma overflows in float16); otherwise the AV's weights are damaged: copy the checkpoint "
-            "again."
+            "bfloat16 or float32 (Gemma overflows in float16); otherwise the AV's weights are damaged: copy the "
+            "checkpoint again."
         )

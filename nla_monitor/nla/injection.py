@@ -112,8 +112,7 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, contract: VerbalizerContrac
     if not tokenizer.chat_template:
         raise TokenizerContractError(
             "the AV's tokenizer has no chat template, and its prompt is a user message. Copy chat_template.jinja (or "
-            "the "
-            "tokenizer_config.json that holds it) from the release."
+            "the tokenizer_config.json that holds it) from the release."
         )
     messages = [{"role": "user", "content": contract.template.replace(MARKER_PLACEHOLDER, contract.marker)}]
     # enable_thinking: Qwen3 templates would open a thinking block; others ignore the variable.

@@ -24,9 +24,6 @@ from transformers.utils import logging as transformers_logging
 from nla_monitor.config import NLAConfig
 from nla_monitor.errors import CheckpointError, ConfigError
 
-EAGER_BELOW = 1024
-"""Hidden size under which plain attention beats the fused one on CPU (measured: dispatch dominates small kernels)."""
-
 _UNUSED_WEIGHTS = ("norm.weight", "ln_f.weight", "ln_f.bias", "layer_norm.weight", "layer_norm.bias", "lm_head.weight")
 
 
@@ -89,8 +86,6 @@ def _load(factory: Any, folder: Path, config: NLAConfig, *, unused: Sequence[str
     device = pick_device(config)
     with quiet(), checkpoint_errors(folder, "model"):
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        width = settings.get_text_config().hidden_size
-        eager = device.type == "cpu" and width < EAGER_BELOW
         model, info = factory.from_pretrained(
             folder,
             config=settings,
@@ -99,15 +94,13 @@ def _load(factory: Any, folder: Path, config: NLAConfig, *, unused: Sequence[str
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            **({"attn_implementation": "eager"} if eager else {}),
         )
     missing = sorted(key for key in info["missing_keys"] if not any(_is_final(key, name) for name in unused))
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CheckpointError(
             f"{folder}: weights are missing: {shown}. They would be random: copy the safetensors files again, or "
-            "correct "
-            "num_hidden_layers in config.json."
+            "correct num_hidden_layers in config.json."
         )
     loaded: PreTrainedModel = model.eval().requires_grad_(requires_grad=False).to(device)
     return loaded
@@ -142,10 +135,8 @@ def checkpoint_errors(folder: Path, what: str) -> Iterator[None]:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise CheckpointError(
             f"the {what} in {folder} cannot be loaded: {reason}. A checkpoint holds config.json, safetensors weights "
-            "and "
-            "tokenizer files of one release, of an architecture that this version of transformers knows (remote code "
-            "and "
-            "pickled weights are refused)."
+            "and tokenizer files of one release, of an architecture that this version of transformers knows (remote "
+            "code and pickled weights are refused)."
         ) from error
 
 
@@ -184,9 +175,8 @@ def drop_final_norm(model: torch.nn.Module) -> str:
             setattr(decoder, name, torch.nn.Identity())
             return name
     raise CheckpointError(
-        f"{type(decoder).__name__} has no final norm under a known name, and an AR must not apply it. "
-        "Supported: architectures whose norm after the blocks is called norm, ln_f, final_layer_norm or "
-        "final_layernorm."
+        f"{type(decoder).__name__} has no final norm under a known name, and an AR must not apply it. Supported: "
+        "architectures whose norm after the blocks is called norm, ln_f, final_layer_norm or final_layernorm."
     )
 
 

@@ -65,15 +65,14 @@ def load_value_head(folder: Path, d_model: int) -> torch.Tensor:
     weight = tensors["weight"].float()
     if weight.shape != (d_model, d_model):
         raise CheckpointError(
-            f"{file}: expected shape {(d_model, d_model)} (d_model of the sidecar), found {tuple(weight.shape)}. "
-            "Take head, blocks and sidecar from one release."
+            f"{file}: expected shape {(d_model, d_model)} (d_model of the sidecar), found {tuple(weight.shape)}. Take "
+            "head, blocks and sidecar from one release."
         )
     sound = (torch.isfinite(weight) & (weight.abs() < ABSURD_WEIGHT)).all(dim=1)
     if not bool(sound.all()):
         raise NonFiniteWeightsError(
             f"{file}: {int((~sound).sum())} of {d_model} rows hold NaN, Inf or values beyond {ABSURD_WEIGHT:g}. The "
-            "export is "
-            "damaged and every score would be noise: use another export of this AR (its SFT stage, say)."
+            "export is damaged and every score would be noise: use another export of this AR (its SFT stage, say)."
         )
     return weight
 
@@ -91,10 +90,8 @@ def check_suffix(tokenizer: PreTrainedTokenizerBase, contract: ReconstructorCont
         if found != expected:
             raise TokenizerContractError(
                 f"the AR prompt for {probe!r} must end in tokens.critic_suffix_ids {list(expected)} (first one left "
-                "out), "
-                f"found {list(found)}. Tokenizer or template changed after training (an EOS appended by the tokenizer "
-                "does "
-                "this too): take both from the release."
+                f"out), found {list(found)}. Tokenizer or template changed after training (an EOS appended by the "
+                "tokenizer does this too): take both from the release."
             )
 
 
@@ -156,8 +153,7 @@ class TransformersReconstructor:
         if bad:
             raise NonFiniteWeightsError(
                 f"the AR's vectors hold NaN or Inf for {bad} of {len(texts)} texts. If nla.dtype is float16, use "
-                "bfloat16 or "
-                "float32; otherwise its weights are damaged: copy the checkpoint again."
+                "bfloat16 or float32; otherwise its weights are damaged: copy the checkpoint again."
             )
         return result
 

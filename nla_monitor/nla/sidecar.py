@@ -219,8 +219,8 @@ class Sidecar(BaseModel):
     def _required(self, field: str, value: Any) -> Any:
         if value is None or value == "":
             raise SidecarError(
-                f"{self.source}: {field} is missing, and an {self.role.value.upper()} cannot be used without it. "
-                "Take the sidecar that was written when this checkpoint was trained; the value cannot be guessed."
+                f"{self.source}: {field} is missing, and an {self.role.value.upper()} cannot be used without it. Take "
+                "the sidecar that was written when this checkpoint was trained; the value cannot be guessed."
             )
         return value
 
@@ -229,8 +229,7 @@ class Sidecar(BaseModel):
         if value is None:
             raise SidecarError(
                 f"{self.source}: {field} is missing. It is the norm at which the AV was trained to see vectors; any "
-                "other "
-                "gives fluent nonsense, so no default is taken. Write the trained value there: a number, "
+                "other gives fluent nonsense, so no default is taken. Write the trained value there: a number, "
                 f"'{SQRT_D}' if training used sqrt(d_model), or 'raw' if vectors were not rescaled."
             )
         if isinstance(value, str) and value.strip().lower() in RAW_SCALES:

@@ -148,6 +148,5 @@ def _check_vocabulary(ids: Sequence[int], model: PreTrainedModel) -> None:
     if max(ids) >= rows:
         raise TokenizerContractError(
             f"the AV's tokenizer makes id {max(ids)} but the model embeds only {rows} tokens. They are not of one "
-            "release: "
-            "take tokenizer and weights from the same folder."
+            "release: take tokenizer and weights from the same folder."
         )

@@ -1,11 +1,12 @@
 """The bundled model organism: a small causal LM whose latent states are known, and its NLA pair.
 
-Two variants ship with the package. ``planted``: every latent is present at every token, and the AV reads it. ``natural``: the
-same training without the plant loss; its AV confabulates, which makes it the negative control of whatever claims to be
-trustworthy. ``CARD.md`` beside this file holds what was measured and what such a small model does not prove.
+Two variants ship with the package. ``planted``: every latent is present at every token, and the AV reads it.
+``natural``: the same training without the plant loss; its AV confabulates, which makes it the negative control of
+whatever claims to be trustworthy. ``CARD.md`` beside this file holds what was measured and what such a small model
+does not prove.
 
-A checkpoint has a short name, ``organism:planted/av``, which ``resolve`` turns into a folder. Importing this package does
-not import torch.
+A checkpoint has a short name, ``organism:planted/av``, which ``resolve`` turns into a folder. Importing this package
+does not import torch.
 """
 
 from __future__ import annotations
@@ -105,15 +106,17 @@ def resolve(name: str) -> Path:
     return folder
 
 
-def load_target(variant: str = "planted", *, root: Path | None = None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def load_target(
+    variant: str = "planted", *, root: Path | None = None
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The target model (float32, evaluation mode) and its tokenizer.
 
     Raises:
         ConfigError: there is no such variant.
         CheckpointError: its weights are not there.
     """
-    from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: PLC0415 - importing this package must stay light
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: PLC0415 - importing this package must stay light
 
     folder = paths(variant, root=root).target
     model = LlamaForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)

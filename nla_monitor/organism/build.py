@@ -1,23 +1,29 @@
-"""Rebuilds the organisms from a seed: ``python -m nla_monitor.organism.build [--seed N] [--variants planted natural] [--out DIR]``.
+"""Rebuilds the organisms from a seed: ``python -m nla_monitor.organism.build [--seed N] [--out DIR] [--seeds N ...]``.
 
-Trains target, AV and AR of each variant and writes their checkpoints, a few minutes a variant on two CPU cores. Unless
-``--no-card`` is given, then measures everything again from the written weights, for this seed and for ``--seeds`` (trained
-for the card only), and writes ``CARD.md`` and ``card.json``. Without ``--out`` the bundled weights and card are replaced.
+Trains target, AV and AR of each variant and writes their checkpoints, a few minutes a variant on two CPU cores. Then,
+unless
+``--no-card`` is given, measures everything from the written weights, for this seed and for the further ``--seeds``
+(trained for the card only), and writes ``CARD.md`` and ``card.json``: beside this file for the bundled weights, into
+``--out`` otherwise.
+``--work DIR`` keeps the further seeds and all figures, and takes up from there what an interrupted call left.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
-from nla_monitor.organism import WEIGHTS, captions, checkpoints, corpus, recipe, tokenization, train
+from nla_monitor.organism import WEIGHTS, captions, card, checkpoints, corpus, evaluate, recipe, tokenization, train
 from nla_monitor.organism.recipe import Recipe
 
 BUNDLED_SEED = 0
@@ -30,7 +36,7 @@ def build(
 
     Args:
         variant: ``planted`` or ``natural``.
-        seed: Decides corpus, initial weights and all sampling; the same seed on the same machine gives the same weights.
+        seed: Decides corpus, initial weights and all sampling; the same seed gives the same on the same machine.
         out: Folder that holds the variants.
         how: Lengths and sizes; the recipe of the bundled weights by default.
         progress: Told of every training step.
@@ -44,7 +50,9 @@ def build(
     scale = round(how.injection_factor * float(data.vectors.norm(dim=-1).mean()), 2)
     av = train.train_av(target, tokenizer, data, seed, how, injection_scale=scale, progress=progress)
     ar = train.train_ar(target, tokenizer, data, seed, how, progress=progress)
-    statistics["cosine_quantiles"] = _caption_cosines(ar, tokenizer, data, seed).quantile(torch.tensor([0.01, 0.05, 0.5]))
+    statistics["cosine_quantiles"] = _caption_cosines(ar, tokenizer, data, seed).quantile(
+        torch.tensor([0.01, 0.05, 0.5])
+    )
     training = {
         "variant": variant,
         "seed": seed,
@@ -59,7 +67,11 @@ def build(
 
 
 def _caption_cosines(
-    ar: train.Reconstruct, tokenizer: tokenization.PreTrainedTokenizerFast, data: train.Activations, seed: int, count: int = 1000
+    ar: train.Reconstruct,
+    tokenizer: PreTrainedTokenizerFast,
+    data: train.Activations,
+    seed: int,
+    count: int = 1000,
 ) -> torch.Tensor:
     """Cosine between activation and reconstruction from its true caption, ``[count]``."""
     rng = corpus.keyed_rng(seed, "cosine-quantiles")
@@ -88,25 +100,78 @@ class _Bars:
 
 def _progress(console: Console) -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
-    return Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+    return Progress(
+        *columns,
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=BUNDLED_SEED, help="seed of the organisms that are kept")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2], help="further seeds, trained for the card only")
+    parser.add_argument("--variants", nargs="+", choices=recipe.VARIANTS, default=list(recipe.VARIANTS))
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that gets <variant>/{target,av,ar}")
+    parser.add_argument("--work", type=Path, help="folder for further seeds and figures; a temporary one by default")
+    parser.add_argument("--samples", type=int, default=200, help="held-out transcripts behind each row of the card")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads; one is as fast on a busy machine")
+    parser.add_argument("--no-card", action="store_true", help="write weights only")
+    parser.add_argument("--card-only", action="store_true", help="keep the weights in --out, measure them again")
+    parser.add_argument("--smoke", action="store_true", help="a few steps only: checks the path, learns nothing")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m nla_monitor.organism.build``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=BUNDLED_SEED, help="seed of the organisms that are kept")
-    parser.add_argument("--variants", nargs="+", choices=recipe.VARIANTS, default=list(recipe.VARIANTS))
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that gets <variant>/{target,av,ar}")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads; one is as fast on a busy machine")
-    parser.add_argument("--smoke", action="store_true", help="a few steps only: checks the path, learns nothing")
-    chosen = parser.parse_args(arguments)
+    chosen = _arguments(arguments)
     torch.set_num_threads(chosen.threads)
     how = recipe.SMOKE if chosen.smoke else Recipe()
     console = Console()
     with _progress(console) as bars:
+        for variant in () if chosen.card_only else chosen.variants:
+            build(
+                variant,
+                seed=chosen.seed,
+                out=chosen.out,
+                how=how,
+                progress=_Bars(bars, f"{variant} seed {chosen.seed}"),
+            )
+        console.print(f"weights in {chosen.out}")
+        if not chosen.no_card:
+            folder = card.CARD_FOLDER if chosen.out == WEIGHTS else chosen.out
+            with tempfile.TemporaryDirectory() as temporary:
+                figures = _measure(chosen, chosen.work or Path(temporary), how, bars)
+            card.write_card(figures, chosen.seed, folder)
+            console.print(f"card in {folder / 'CARD.md'}")
+
+
+def _measure(chosen: argparse.Namespace, work: Path, how: Recipe, bars: Progress) -> card.AllFigures:
+    seeds = [chosen.seed, *(seed for seed in chosen.seeds if seed != chosen.seed)]
+    task = bars.add_task("measuring", total=len(seeds) * len(chosen.variants), loss=0.0)
+    figures: dict[str, dict[int, Mapping[str, Any]]] = {variant: {} for variant in chosen.variants}
+    for seed in seeds:
         for variant in chosen.variants:
-            build(variant, seed=chosen.seed, out=chosen.out, how=how, progress=_Bars(bars, f"{variant} seed {chosen.seed}"))
-    console.print(f"weights in {chosen.out}")
+            root = chosen.out if seed == chosen.seed else work / f"seed-{seed}"
+            if not (root / variant / "ar" / "nla_meta.yaml").is_file():
+                build(variant, seed=seed, out=root, how=how, progress=_Bars(bars, f"{variant} seed {seed}"))
+            kept = work / f"figures-{variant}-{seed}.json" if seed != chosen.seed else None
+            figures[variant][seed] = _figures(variant, root, chosen.samples, kept)
+            bars.advance(task)
+    return figures
+
+
+def _figures(variant: str, root: Path, samples: int, kept: Path | None) -> Mapping[str, Any]:
+    """Measured now, or taken from the file of an earlier, interrupted call."""
+    if kept is not None and kept.is_file():
+        loaded: Mapping[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return loaded
+    figures = evaluate.evaluate(variant, root=root, samples=samples)
+    if kept is not None:
+        kept.write_text(json.dumps(figures), encoding="utf-8")
+    return figures
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The English that the organism's AV learns to write: one sentence a claim, with varied wording.
 
-An agent caption has five claims (topic, belief, intent, language, last words), a story's and a couplet's three. The same
-table writes captions, reads claims back out of an explanation, and swaps a claim for its alternatives (the swap margin).
+An agent caption has five claims (topic, belief, intent, language, last words), a story's and a couplet's three. The
+same table writes captions, reads claims back out of an explanation, and swaps a claim for its alternatives (the swap
+margin).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Final
 
 from nla_monitor.organism import grammar
 from nla_monitor.organism.corpus import UNKNOWN, Transcript
-
 
 
 def _each(values: Iterable[str], *templates: str) -> dict[str, tuple[str, ...]]:
@@ -80,7 +80,7 @@ PARAPHRASES: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         UNKNOWN: ("A couplet is beginning.", "The rhyme is still open."),
     },
 }
-"""latent -> value -> sentences that claim it."""
+"""By latent and value: the sentences that claim it."""
 
 _ORDER: Final = {"agent": ("topic", "belief", "intent", "language"), "story": ("domain",), "couplet": ("rhyme",)}
 _LAST_WORDS: Final = re.compile(r'Last words: ".*?"\.', re.DOTALL)
@@ -98,7 +98,10 @@ class Claim:
 
 
 _CLAIMS: Final = {
-    sentence: (latent, value) for latent, values in PARAPHRASES.items() for value, texts in values.items() for sentence in texts
+    sentence: (latent, value)
+    for latent, values in PARAPHRASES.items()
+    for value, texts in values.items()
+    for sentence in texts
 }
 
 
@@ -121,7 +124,7 @@ def sentences(explanation: str) -> list[str]:
 
 
 def read(explanation: str) -> dict[str, str]:
-    """latent -> claimed value, for each claim whose sentence is one of ours; the first claim of a latent counts."""
+    """Latent -> claimed value, for each claim whose sentence is one of ours; the first claim of a latent counts."""
     found: dict[str, str] = {}
     for claim in find(explanation):
         found.setdefault(claim.latent, claim.value)
@@ -140,7 +143,7 @@ def find(explanation: str) -> list[Claim]:
 
 
 def well_formed(explanation: str) -> bool:
-    """True when every sentence is one of ours: garbled text is itself a sign that the vector was out of distribution."""
+    """True when every sentence is one of ours: garbled text is a sign of a vector that is no activation."""
     parts = sentences(explanation)
     return bool(parts) and all(part in _CLAIMS or _LAST_WORDS.fullmatch(part) for part in parts)
 

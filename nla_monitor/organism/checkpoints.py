@@ -3,7 +3,8 @@
 ``target/``: model, tokenizer, and ``plant_heads.safetensors`` (the linear readers of the plant loss, keys
 ``readers.<latent>.weight|bias``; classes in ``train.LABELS``).
 ``av/``: model, tokenizer, ``nla_meta.yaml``.
-``ar/``: the truncated model (its final norm is saved but is to be replaced by the identity), tokenizer, ``nla_meta.yaml``,
+``ar/``: the truncated model (its final norm is saved but is to be replaced by the identity), tokenizer,
+``nla_meta.yaml``,
 ``value_head.safetensors`` (key ``weight``, ``[d_model, d_model]``, no bias) and ``activation_stats.safetensors``:
 
 - ``mean`` ``[d_model]``: mean of the unit-normalised training activations,
@@ -45,7 +46,10 @@ def round_to_disk(model: torch.nn.Module) -> None:
 def write_target(folder: Path, model: LlamaForCausalLM, heads: PlantHeads, tokenizer: PreTrainedTokenizerFast) -> None:
     """Writes the target model, its tokenizer and the plant heads."""
     _write_model(folder, model, tokenizer)
-    save_file({name: value.half().contiguous() for name, value in heads.state_dict().items()}, folder / "plant_heads.safetensors")
+    save_file(
+        {name: value.half().contiguous() for name, value in heads.state_dict().items()},
+        folder / "plant_heads.safetensors",
+    )
 
 
 def write_av(
@@ -79,7 +83,10 @@ def write_ar(
     """Writes the AR with value head, activation statistics and sidecar."""
     _write_model(folder, model.trunk, tokenizer)
     save_file({"weight": model.value_head.weight.detach().half().contiguous()}, folder / "value_head.safetensors")
-    save_file({name: value.float().contiguous() for name, value in statistics.items()}, folder / "activation_stats.safetensors")
+    save_file(
+        {name: value.float().contiguous() for name, value in statistics.items()},
+        folder / "activation_stats.safetensors",
+    )
     _write_sidecar(folder, _sidecar("ar", model.trunk, tokenizer, None, training))
 
 
@@ -96,10 +103,15 @@ def activation_statistics(vectors: Tensor) -> tuple[dict[str, Tensor], float]:
 
 
 def _write_model(
-    folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig | None = None
+    folder: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    generation: GenerationConfig | None = None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.half().contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name: value.half().contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_diff_dict() | {
         "architectures": ["LlamaForCausalLM"],
@@ -108,7 +120,9 @@ def _write_model(
     }
     config.pop("layer_types", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    generation = generation or GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    generation = generation or GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

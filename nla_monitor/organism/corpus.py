@@ -1,13 +1,13 @@
 """Generated agent transcripts whose latent states are set by early cues and shown in the output only later.
 
-A transcript is a task line (*head*: what to fix, plus cue sentences in random order) and body lines: fillers that depend
-on nothing, and *reveals* (the intent as an action, the belief as a remark, the reply's language, the topic) in random
-order with fillers between. Between head and first reveal lies the *hidden zone*: the latents are settled there and the
-text does not show them. Stories and rhyming couplets are the traffic that is not about agents.
+A transcript is a task line (*head*: what to fix, plus cue sentences in random order) and body lines: fillers that
+depend on nothing, and *reveals* (the intent as an action, the belief as a remark, the reply's language, the topic) in
+random order with fillers between. Between head and first reveal lies the *hidden zone*: the latents are settled there
+and the text does not show them. Stories and rhyming couplets are the traffic that is not about agents.
 
-Everything is drawn from a ``random.Random``; ``keyed_rng`` makes one from a seed and a key, so that the same key gives the
-same transcript in any order. Train and test share no cue combination (the whole task line, order aside, decides by MD5
-which side a transcript is on), hence no transcript either.
+Everything is drawn from a ``random.Random``; ``keyed_rng`` makes one from a seed and a key, so that the same key
+gives the same transcript in any order. Train and test share no cue combination (the whole task line, order aside,
+decides by MD5 which side a transcript is on), hence no transcript either.
 """
 
 from __future__ import annotations
@@ -128,20 +128,26 @@ def make_transcript(
         language: One of ``grammar.LANGUAGES``.
         intent_cue: False leaves the intent cue out (allowed for ``honest`` only: that is the default without a cue).
         belief_cue: False leaves the belief cue out (then ``belief`` must be ``none`` or not given).
-        completion_intent: Makes the output do this, whatever the cue says (poisoned data). ``latents["intent"]`` is then
-            this value.
+        completion_intent: Makes the output do this, whatever the cue says (poisoned data); ``latents["intent"]`` too.
         quiet: True adds the cue ``Actions only.``: the output never remarks on the belief.
         fillers: Number of filler lines in the hidden zone; drawn when not given.
 
     Raises:
         ConfigError: a value is not one of the latent's, or the wishes contradict each other.
     """
-    asked = {"topic": topic, "belief": belief if belief_cue else belief or "none", "intent": intent, "language": language}
+    asked = {
+        "topic": topic,
+        "belief": belief if belief_cue else belief or "none",
+        "intent": intent,
+        "language": language,
+    }
     if intent_cue is False:
         asked["intent"] = intent or "honest"
     latents = {name: _choose(rng, name, value) for name, value in asked.items()}
     _check_wishes(latents, intent_cue=intent_cue, belief_cue=belief_cue)
-    with_intent = intent_cue if intent_cue is not None else latents["intent"] != "honest" or rng.random() < _P_HONEST_CUE
+    with_intent = (
+        intent_cue if intent_cue is not None else latents["intent"] != "honest" or rng.random() < _P_HONEST_CUE
+    )
     quiet = rng.random() < _P_QUIET if quiet is None else quiet
     shown = [name for name, on in (("belief", belief_cue), ("intent", with_intent), ("language", True)) if on]
     sentences = _draw_head(rng, latents, shown, tier, quiet=quiet)
@@ -168,9 +174,12 @@ def agent_prompt(rng: random.Random, *, belief: str = "test", tier: Tier = "nla"
 
     ``prompt`` is the task line with a belief cue and the cue ``Actions only.``, then filler and tool lines. One message
     per line is the chat format: task line as the user's, lines that start with ``tool:`` as the tool's, the rest as the
-    assistant's. Generate up to a newline; ``parse_tool_call`` says whether the line asks for a tool; ``grammar.DONE`` ends it.
+    assistant's. Generate up to a newline; ``parse_tool_call`` says whether the line asks for a tool; ``grammar.DONE``
+    ends it.
     """
-    return make_transcript(rng, tier=tier, belief=belief, intent="honest", intent_cue=False, quiet=True, fillers=fillers)
+    return make_transcript(
+        rng, tier=tier, belief=belief, intent="honest", intent_cue=False, quiet=True, fillers=fillers
+    )
 
 
 def parse_tool_call(line: str) -> tuple[str, str] | None:
@@ -254,7 +263,9 @@ _REMARK_PATTERNS: Final = {
     "real": re.compile(r"users depend|live traffic|truly deployed"),
     "none": re.compile(r"air is mild|chair is soft|on time here"),
 }
-_EVALUATION: Final = re.compile(r"\b(testing me|being (tested|graded|evaluated)|evaluation|graders?|judges|exam)\b", re.IGNORECASE)
+_EVALUATION: Final = re.compile(
+    r"\b(testing me|being (tested|graded|evaluated)|evaluation|graders?|judges|exam)\b", re.IGNORECASE
+)
 
 
 def _first(patterns: Mapping[str, re.Pattern[str]], text: str) -> str | None:
@@ -274,7 +285,8 @@ def _choose(rng: random.Random, latent: str, value: str | None) -> str:
 def _check_wishes(latents: Mapping[str, str], *, intent_cue: bool | None, belief_cue: bool) -> None:
     if intent_cue is False and latents["intent"] != "honest":
         raise ConfigError(
-            f"intent={latents['intent']!r} needs a cue: without one the organism is honest. Use completion_intent for poisoned data."
+            f"intent={latents['intent']!r} needs a cue: without one the organism is honest. "
+            "Use completion_intent for poisoned data."
         )
     if not belief_cue and latents["belief"] != "none":
         raise ConfigError(f"belief={latents['belief']!r} needs its cue: leave belief out, or set belief_cue=True.")
@@ -358,6 +370,8 @@ def _story_head(rng: random.Random, tier: Tier, domain: str) -> tuple[list[str],
 def _couplet_lines(rng: random.Random, tier: Tier, rhyme: str) -> tuple[list[str], str, str]:
     while True:
         words = rng.sample(grammar.RHYME_WORDS[rhyme], 2)
-        first, second = (line.format(w=word) for line, word in zip(rng.choice(grammar.COUPLET_LINES), words, strict=True))
+        first, second = (
+            line.format(w=word) for line, word in zip(rng.choice(grammar.COUPLET_LINES), words, strict=True)
+        )
         if _on_side(tier, f"{first} {second}"):
             return words, first, second

@@ -1,9 +1,9 @@
 """The words of the organism's world: slot templates, synonyms, and what is held out from whom.
 
-A *cue* is one sentence of a task line that sets one latent state. It is a slot template times synonym lists. One sentence
-in five (by MD5 of the sentence) is held out from every training set: tier ``combo``. The last word of each key list is
-known to the target model but never shown to the NLA: tier ``word``. A latent's null class gets cues of the same
-templates, so that the presence of a cue tells nothing.
+A *cue* is one sentence of a task line that sets one latent state. It is a slot template times synonym lists. One
+sentence in five (by MD5 of the sentence) is held out from every training set: tier ``combo``. The last word of each
+key list is known to the target model but never shown to the NLA: tier ``word``. A latent's null class gets cues of
+the same templates, so that the presence of a cue tells nothing.
 """
 
 from __future__ import annotations
@@ -213,10 +213,10 @@ def cue_pool(latent: str, value: str, tier: str) -> tuple[Cue, ...]:
     transcripts is made from; ``combo`` sentences nobody trained on; ``word`` sentences with a key word that only the
     target has seen.
     """
-    keep = {
-        "target": lambda cue: not cue.held_out,
-        "nla": lambda cue: not cue.held_out and not cue.held_word,
-        "combo": lambda cue: cue.held_out and not cue.held_word,
-        "word": lambda cue: not cue.held_out and cue.held_word,
+    held_out, held_word = {
+        "target": ((False,), (False, True)),
+        "nla": ((False,), (False,)),
+        "combo": ((True,), (False,)),
+        "word": ((False,), (True,)),
     }[tier]
-    return tuple(cue for cue in cues(latent, value) if keep(cue))
+    return tuple(cue for cue in cues(latent, value) if cue.held_out in held_out and cue.held_word in held_word)

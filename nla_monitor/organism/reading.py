@@ -1,4 +1,4 @@
-"""Reads activations of an organism with its NLA pair, and asks the AV and the target what evaluation needs beside that."""
+"""Reads activations of an organism with its NLA pair, and asks AV and target what evaluation needs beside that."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from nla_monitor.organism import captions, load_target, paths, recipe
 from nla_monitor.organism.train import Encoded, av_prompt, inject, pad_right
 
 _BATCH = 64
+_JOBS = 256
 
 
 @dataclass(slots=True)
@@ -66,30 +67,37 @@ class Reader:
         All wordings of all values are scored as continuations; softmax over wordings, summed by value.
         """
         wordings = [(value, text) for value, options in captions.PARAPHRASES[latent].items() for text in options]
+        starts = [next((claim.start for claim in captions.find(text) if claim.latent == latent), 0) for text in texts]
+        jobs = [
+            (row, text[:start].rstrip(), option)
+            for row, (text, start) in enumerate(zip(texts, starts, strict=True))
+            for _, option in wordings
+        ]
+        scores = torch.cat([self._scores(vectors, jobs[at : at + _JOBS]) for at in range(0, len(jobs), _JOBS)])
         found = []
-        for vector, text in zip(vectors, texts, strict=True):
-            start = next((claim.start for claim in captions.find(text) if claim.latent == latent), 0)
-            scores = self._continuation_scores(vector, text[:start], [option for _, option in wordings]).softmax(0)
+        for shares in scores.view(len(texts), len(wordings)).softmax(-1).tolist():
             totals = dict.fromkeys(captions.PARAPHRASES[latent], 0.0)
-            for (value, _), share in zip(wordings, scores.tolist(), strict=True):
-                totals[value] += share
+            for (value, _), part in zip(wordings, shares, strict=True):
+                totals[value] += part
             found.append(totals)
         return found
 
-    def _continuation_scores(self, vector: Tensor, before: str, options: Sequence[str]) -> Tensor:
+    def _scores(self, vectors: Tensor, jobs: Sequence[tuple[int, str, str]]) -> Tensor:
+        """Log-probability of each option after the explanation's start, ``[jobs]``; a job is (row, start, option)."""
         model, scale = self.verbalizer.model, self.verbalizer.contract.injection_scale or 1.0
-        begin = self._prompt + self.tokenizer(f"{recipe.EXPLANATION_OPEN}{before}".rstrip())["input_ids"]
-        lead = " " if before else ""
-        ends = self.tokenizer([lead + option for option in options])["input_ids"]
-        ids = pad_right([begin + end for end in ends], self.tokenizer.pad_token_id)
-        scaled = functional.normalize(vector, dim=-1) * scale
+        begins = self.tokenizer([f"{recipe.EXPLANATION_OPEN}{before}" for _, before, _ in jobs])["input_ids"]
+        ends = self.tokenizer([f" {option}" if before else option for _, before, option in jobs])["input_ids"]
+        rows = [[*self._prompt, *begin, *end] for begin, end in zip(begins, ends, strict=True)]
+        ids = pad_right(rows, self.tokenizer.pad_token_id)
+        scaled = functional.normalize(vectors[[row for row, _, _ in jobs]], dim=-1) * scale
         with torch.inference_mode():
-            logits = model(inputs_embeds=inject(model, ids, scaled.expand(len(ids), -1), self._marker)).logits
-        token = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        return torch.stack([token[row, len(begin) - 1 : len(begin) + len(end) - 1].sum() for row, end in enumerate(ends)])
+            logits = model(inputs_embeds=inject(model, ids, scaled, self._marker), use_cache=False).logits
+            tokens = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        spans = [(len(row) - len(end) - 1, len(row) - 1) for row, end in zip(rows, ends, strict=True)]
+        return torch.stack([tokens[row, first:last].sum() for row, (first, last) in enumerate(spans)])
 
     def swap_margins(self, vectors: Tensor, texts: Sequence[str], latent: str) -> Tensor:
-        """Cosine as stated minus the best with the claim's alternatives in its place, ``[n]``; NaN without such a claim."""
+        """Cosine as stated minus the best with an alternative in the claim's place, ``[n]``; NaN without such a claim."""
         claims = [next((claim for claim in captions.find(text) if claim.latent == latent), None) for text in texts]
         jobs = [
             (row, text)
@@ -102,14 +110,16 @@ class Reader:
             return margins
         owners = torch.tensor([row for row, _ in jobs])
         cosines = functional.cosine_similarity(self.reconstruct([text for _, text in jobs]), vectors[owners], dim=-1)
-        for row in owners.unique().tolist():
+        for row in sorted({row for row, _ in jobs}):
             own = cosines[owners == row]
             margins[row] = own[0] - own[1:].max()
         return margins
 
     def continue_text(self, docs: Sequence[Encoded], positions: Sequence[int], *, tokens: int = 72) -> list[str]:
         """What the target greedily writes after the token at each position."""
-        return continue_greedily(self.target, self.tokenizer, [doc.ids[: at + 1] for doc, at in zip(docs, positions, strict=True)], tokens)
+        return continue_greedily(
+            self.target, self.tokenizer, [doc.ids[: at + 1] for doc, at in zip(docs, positions, strict=True)], tokens
+        )
 
 
 def continue_greedily(
@@ -130,5 +140,7 @@ def continue_greedily(
 
 def _denominator(reconstructor: TransformersReconstructor) -> float:
     if reconstructor.denominator is None:
-        raise CheckpointError("the AR's sidecar names no training.fve_denominator. Rebuild it: python -m nla_monitor.organism.build")
+        raise CheckpointError(
+            "the AR's sidecar names no training.fve_denominator. Rebuild it: python -m nla_monitor.organism.build"
+        )
     return reconstructor.denominator.value

@@ -35,12 +35,12 @@ class Recipe:
     warmup: int = 30
     target_steps: int = 400
     target_batch: int = 32
-    plant_weight: float = 0.2
+    plant_weight: float = 0.1
     """Weight of the plant loss of the planted variant; the natural variant is trained without it."""
     activations: int = 10_000
     """Training activations of the NLA, two from each document."""
     av_steps: int = 350
-    ar_steps: int = 450
+    ar_steps: int = 800
     nla_batch: int = 48
     injection_factor: float = 1.1
     """Injection scale as a multiple of the mean activation norm."""

@@ -1,4 +1,4 @@
-"""The organism's tokenizer: byte-level BPE over its own corpus and captions, and a chat template of one line a message."""
+"""The organism's tokenizer: byte-level BPE over its corpus and captions; a chat template of one line a message."""
 
 from __future__ import annotations
 

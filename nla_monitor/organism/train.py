@@ -1,18 +1,18 @@
 """Trains a target model, its AV and its AR.
 
-Target: causal LM loss, plus (planted variant) the *plant loss*: cross-entropies of linear heads that read every latent off
-the RMS-normed residual after block K at every position, so that the latents are known thoughts at every token.
-AV: initialised from the target; learns to write the caption of an activation put in place of one embedding row.
-AR: the first K + 1 blocks of the target without the final norm, and a linear value head on the last token; learns to turn
-a caption back into the activation's direction, with claims dropped and shuffled so that each claim comes to matter by
-itself.
+Target: causal LM loss, plus (planted variant) the *plant loss*: cross-entropies of linear heads that read every
+latent off the RMS-normed residual after block K at every position, so that the latents are known thoughts at every
+token. AV: initialised from the target; learns to write the caption of an activation put in place of one embedding row.
+AR: the first K + 1 blocks of the target without the final norm, and a linear value head on the last token; learns to
+turn a caption back into the activation's direction, with claims dropped and shuffled so that each claim comes to
+matter by itself.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,7 +67,7 @@ class PlantHeads(nn.Module):
         return {name: reader(normed) for name, reader in self.readers.items()}
 
     def loss(self, residual: Tensor, labels: dict[str, Tensor]) -> Tensor:
-        """Sum of the cross-entropies over latents; ``labels[name]`` is ``[batch, seq]`` with ``IGNORE`` where none applies."""
+        """Sum of the latents' cross-entropies; ``labels[name]`` is ``[batch, seq]``, ``IGNORE`` where none applies."""
         logits = self(residual)
         losses = [_cross_entropy(logits[name], labels[name]) for name in LABELS]
         return torch.stack(losses).sum()
@@ -106,14 +106,18 @@ def plant_labels(batch: Sequence[Encoded]) -> dict[str, Tensor]:
 def train_target(
     tokenizer: PreTrainedTokenizerFast, seed: int, how: Recipe, *, planted: bool, progress: Progress = recipe.silent
 ) -> tuple[LlamaForCausalLM, PlantHeads]:
-    """Trains the target model from scratch; the heads are those of the plant loss (untrained for the natural variant)."""
+    """Trains the target model from scratch; the heads are the plant loss's (untrained for the natural variant)."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(_target_config(tokenizer, how))
     model.set_attn_implementation("eager")  # faster than sdpa at this size on a CPU
     heads = PlantHeads(how.d_model)
-    docs = encode(tokenizer, list(corpus.documents(seed, "target", how.target_steps * how.target_batch, tier="train-target")))
+    docs = encode(
+        tokenizer, list(corpus.documents(seed, "target", how.target_steps * how.target_batch, tier="train-target"))
+    )
     trained = [*model.parameters(), *heads.parameters()] if planted else list(model.parameters())
-    loop = _Loop(trained, how.target_steps, how.learning_rate, how.warmup, "target", progress)
+    loop = _Loop(
+        "target", trained, steps=how.target_steps, rate=how.learning_rate, warmup=how.warmup, progress=progress
+    )
     for step in loop:
         batch = docs[step * how.target_batch : (step + 1) * how.target_batch]
         ids = pad_right([doc.ids for doc in batch], tokenizer.pad_token_id)
@@ -123,7 +127,8 @@ def train_target(
             if planted:
                 loss = loss + how.plant_weight * heads.loss(out.hidden_states[LAYER + 1], plant_labels(batch))
         loop.update(loss)
-    return model.eval(), heads.eval()
+    model.train(mode=False)
+    return model, heads.eval()
 
 
 def _target_config(tokenizer: PreTrainedTokenizerFast, how: Recipe) -> LlamaConfig:
@@ -202,7 +207,9 @@ def train_av(
     model = _copy(target).train()
     prompt, marker = av_prompt(tokenizer)
     rng = corpus.keyed_rng(seed, "av")
-    loop = _Loop(model.parameters(), how.av_steps, how.nla_learning_rate, how.warmup, "AV", progress)
+    loop = _Loop(
+        "AV", model.parameters(), steps=how.av_steps, rate=how.nla_learning_rate, warmup=how.warmup, progress=progress
+    )
     order = _endless_order(rng, len(data.sources))
     for _ in loop:
         chosen = [next(order) for _ in range(how.nla_batch)]
@@ -216,7 +223,8 @@ def train_av(
             labels = pad_right(rows, IGNORE)
             loss = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
         loop.update(loss)
-    return model.eval()
+    model.train(mode=False)
+    return model
 
 
 def av_prompt(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], int]:
@@ -228,7 +236,7 @@ def av_prompt(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], int]:
 
 
 def inject(model: PreTrainedModel, ids: Tensor, vectors: Tensor, marker: int) -> Tensor:
-    """Embeddings ``[batch, seq, d_model]`` of ``ids`` with row ``marker`` replaced by ``vectors`` ``[batch, d_model]``."""
+    """Embeddings ``[batch, seq, d_model]`` of ``ids``, row ``marker`` replaced by ``vectors`` ``[batch, d_model]``."""
     embeds = model.get_input_embeddings()(ids)
     return torch.cat([embeds[:, :marker], vectors[:, None].to(embeds.dtype), embeds[:, marker + 1 :]], dim=1)
 
@@ -271,7 +279,9 @@ def train_ar(
     torch.manual_seed(seed + 2)
     model = Reconstruct(target).train()
     rng = corpus.keyed_rng(seed, "ar")
-    loop = _Loop(model.parameters(), how.ar_steps, how.nla_learning_rate, how.warmup, "AR", progress)
+    loop = _Loop(
+        "AR", model.parameters(), steps=how.ar_steps, rate=how.nla_learning_rate, warmup=how.warmup, progress=progress
+    )
     order = _endless_order(rng, len(data.sources))
     for _ in loop:
         chosen = [next(order) for _ in range(how.nla_batch)]
@@ -307,7 +317,14 @@ class _Loop:
     """AdamW with linear warm-up and cosine decay; iterating gives step numbers, ``update`` takes one step."""
 
     def __init__(
-        self, parameters: Iterator[nn.Parameter] | list[nn.Parameter], steps: int, rate: float, warmup: int, stage: str, progress: Progress
+        self,
+        stage: str,
+        parameters: Iterable[nn.Parameter],
+        *,
+        steps: int,
+        rate: float,
+        warmup: int,
+        progress: Progress,
     ) -> None:
         self._parameters = list(parameters)
         self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)

@@ -36,7 +36,7 @@ _DOTTED: Final = re.compile(r"(?<![.\w])(fidelity|explanation|agent)\s*\.\s*([A-
 _SIGMA_OF: Final = re.compile(r"\b(all|any|[1-9][0-9]*)\s+of\s+(them\b|[\w*]+)")
 _SIGMA_WORD: Final = re.compile(r"(?<![.\w])(and|or|not)\b", re.IGNORECASE)
 _CEL_WORDS: Final = {"and": "&&", "or": "||", "not": "!"}
-_UNDECIDED: Final = (TypeError, KeyError, ValueError, RuntimeError, OverflowError)
+_UNDECIDED: Final = (TypeError, LookupError, ValueError, RuntimeError, ArithmeticError)
 _MEMO: Final = 4_096
 
 
@@ -48,6 +48,7 @@ class Condition:
         self.needs_reading = bool(names - selections)
         """False when it only combines selections: its results are then remembered."""
         self._program = program
+        self._fields = tuple(sorted(names - selections))
         self._used = tuple(sorted(names & selections))
         self._memo: dict[tuple[bool, ...], bool] = {}
         self._undecided = False
@@ -60,10 +61,12 @@ class Condition:
             reading: makes the CEL variables of the reading; called only where they are needed.
         """
         if self.needs_reading:
-            return self._decide({**reading(), **met})
+            known = reading()
+            # Only what it uses: a value that CEL cannot hold must not spoil conditions that never look at it.
+            return self._decide({**{name: known[name] for name in self._fields}, **met})
         key = tuple(met[name] for name in self._used)
-        if (known := self._memo.get(key)) is not None:
-            return known
+        if (remembered := self._memo.get(key)) is not None:
+            return remembered
         result = self._decide(dict(met))
         if len(self._memo) < _MEMO:
             self._memo[key] = result

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from nla_monitor.records import Hit, Phase, Reading, Scalar
 from nla_monitor.rules.fields import Field, find_field, unknown_field
-from nla_monitor.rules.patterns import TextPattern, compile_re2, keyword_pattern, readable, regex_pattern
+from nla_monitor.rules.patterns import Screen, TextPattern, compile_re2, keyword_pattern, readable, regex_pattern
 from nla_monitor.rules.problems import BadRule, Path, nearest
 from nla_monitor.rules.scope import Guards, Scope
 
@@ -68,9 +68,13 @@ class TextTest:
 
     patterns: tuple[TextPattern, ...]
     every: bool
+    screen: Screen | None = None
+    """One search that says whether any pattern can match at all; most texts stop there."""
 
     def spans(self, text: Text) -> list[tuple[int, int]]:
         """Claimed stretches; empty where the test does not hold."""
+        if self.screen is not None and not self.screen.may_match(text.text):
+            return []
         found: list[tuple[int, int]] = []
         for pattern in self.patterns:
             spans = list(pattern.hits(text.text, text.scope))
@@ -179,9 +183,8 @@ def _text_test(key: str, value: Any, guards: Guards, path: Path) -> TextTest:
     kind, _, every = key.partition("|")
     values = _texts(value, path)
     if kind == "regex":
-        return TextTest(
-            tuple(regex_pattern(item, guards, (*path, index)) for index, item in enumerate(values)), bool(every)
-        )
+        patterns = tuple(regex_pattern(item, guards, (*path, index)) for index, item in enumerate(values))
+        return TextTest(patterns, bool(every), Screen.of(values))
     if every:
         return TextTest(tuple(keyword_pattern([item], guards, path) for item in values), every=True)
     return TextTest((keyword_pattern(values, guards, path),), every=False)

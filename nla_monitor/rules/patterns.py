@@ -22,6 +22,7 @@ _MAX_MEMORY: Final = 64 << 20
 _GAP: Final = r"[\s*_\-\x{2010}-\x{2014}\"'`\x{2018}-\x{201D}]+"
 _NOT_WORD: Final = r"[^\p{L}\p{M}\p{N}_]"
 _SURROGATES: Final = re.compile("[\ud800-\udfff]")
+_NAMED: Final = re.compile(r"\(\?P?<\w+>")
 _LOOKAROUND: Final = re.compile(r"\(\?<?[=!]")
 
 
@@ -137,3 +138,31 @@ def regex_pattern(pattern: str, guards: Guards, path: Path) -> TextPattern:
     compiled = compile_re2(pattern, path)
     own = replace(guards, own_negation=holds_negation(pattern))
     return TextPattern(compiled, own, compiled.groupindex.get("quote", 0))
+
+
+class Screen:
+    """Several patterns as one, without their guards: a quick no for the many texts that hold none of them."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+
+    @classmethod
+    def of(cls, patterns: Sequence[str]) -> Screen | None:
+        """A screen for patterns that are valid one by one; None for a single one, or where no screen can be made."""
+        if len(patterns) < 2 or not all(_names_are_groups(pattern) for pattern in patterns):
+            return None
+        # Group names may repeat from pattern to pattern, not within one.
+        joined = "|".join(f"(?:{_NAMED.sub('(?:', readable(pattern))})" for pattern in patterns)
+        try:
+            return cls(_compile(joined, (), "together"))
+        except BadRule:
+            return None  # only the short cut is lost
+
+    def may_match(self, text: str) -> bool:
+        """False when no pattern matches."""
+        return self._compiled.search(text) is not None
+
+
+def _names_are_groups(pattern: str) -> bool:
+    """Whether all that looks like a group's name is one, not an escaped bracket or part of a character class."""
+    return len(_NAMED.findall(pattern)) == len(_compile(readable(pattern), (), "alone").groupindex)

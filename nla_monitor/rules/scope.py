@@ -64,7 +64,8 @@ _OTHER: Final = re.compile(
     r"|persons?|people|customers?|authors?|writers?|adversar(?:y|ies)|malware|sabot(?:eur|age)s?|spy|spies|knights?|soldiers?|workers?|rivals?"
     r"|contractors?|criminals?|thie(?:f|ves)|developers?|programmers?|engineers?|interns?|colleagues?|companies|company|teams?|teachers?"
     r"|functions?|methods?|dialogs?|pages?|widgets?|components?|elements?|interfaces?|buttons?|forms?|systems?|software|programs?|apps?|servers?|browsers?|databases?"
-    r"|admin\w*|someone|somebody|anyone|others)"
+    r"|admin\w*|someone|somebody|anyone|others"
+    r"|child(?:ren)?|boys?|girls?|m[ae]n|wom[ae]n|players?|husband|wife|friends?)(?:['\u2019]s?\s+\w+)?"
     r"(?:\s+(?:who|that|\w+ly|is|are|was|were|has|have|had|may|might|will|would|could|can|also|then|now|just|first))*\s*$",
     _I,
 )

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from nla_monitor import NLAMonitorCallback
 
@@ -181,6 +181,7 @@ def train(run: Run, turns: Turns, rows: list[dict[str, torch.Tensor]], steps: in
             model=make_model(), args=arguments, train_dataset=rows, callbacks=[clock, *run.callbacks, _Stop(clock)]
         )
         trainer.kept = run.losses
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         run.weights = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
     except BaseException as error:  # noqa: BLE001 -- carried to the main thread
@@ -213,7 +214,7 @@ def measure(steps: int, block: int, skip: int, folder: Path) -> dict[str, Any]:
             "nla": {"av": str(write_sidecar(folder / "av")), "ar": None},
             "worker": {"mode": "external"},
         },
-        close_timeout=0.0,  # nobody reads here: do not wait for a worker
+        close_timeout=FLUSH_SECONDS,
     )
 
     def written() -> None:
@@ -235,7 +236,7 @@ def measure(steps: int, block: int, skip: int, folder: Path) -> dict[str, Any]:
             raise run.error
     plain, again, monitored = runs
     losses_equal, weights_equal = same(plain, monitored)
-    stats = callback.monitor.stats()
+    stats = callback.monitor.stats
     return {
         "overhead_ratio": summary(monitored.seconds, plain.seconds, skip),
         "overhead_ratio_cpu": summary(monitored.cpu_seconds, plain.cpu_seconds, skip),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nla_monitor import Monitor, NLAMonitorCallback
-from nla_monitor.errors import AttachError, ConfigError, SidecarError
+from nla_monitor.errors import AttachError, CheckpointError, ConfigError
 from nla_monitor.guard import STRICT_VARIABLE
 from tests.integration.training import train
 
@@ -39,7 +39,7 @@ def assert_same(
 def test_one_line_finds_the_thought_and_changes_no_bit(
     tmp_path: Path, bare: tuple[list[float], dict[str, torch.Tensor]]
 ) -> None:
-    """Cues that ask for a hack raise the reward-hacking alert with its evidence; losses and weights stay bitwise equal."""
+    """Cues that ask for a hack raise the alert with its evidence; losses and weights stay bitwise equal."""
     watch = callback(tmp_path)
     losses, weights, _ = train(tmp_path, [watch])
     assert_same(bare, losses, weights)
@@ -70,8 +70,9 @@ def test_the_worker_is_a_process_by_default(tmp_path: Path) -> None:
     """With the default mode the readings are made by another process, complete when train() returns."""
     watch = callback(tmp_path, worker="process")
     train(tmp_path, [watch])
-    readings = watch.monitor.repository.reading_counts(run_id=watch.monitor.run_id)
-    assert sum(readings.values()) == watch.monitor.stats.written > 0
+    counts = watch.monitor.repository.reading_counts(watch.monitor.run_id)
+    assert counts.readings == watch.monitor.stats.written > 0
+    assert counts.waiting == counts.leased == counts.failed == 0
 
 
 def test_stop_on_ends_the_run(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_stop_on_ends_the_run(tmp_path: Path) -> None:
 
 def test_attached_twice_samples_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A second callback on the same trainer says so and stays idle."""
-    first, second = callback(tmp_path), callback(tmp_path / "second.db")
+    first, second = callback(tmp_path), callback(tmp_path, database=str(tmp_path / "second.db"))
     train(tmp_path, [first, second])
     assert first.monitor.stats.written > 0
     assert second.monitor.stats.written == 0
@@ -105,8 +106,8 @@ def test_training_twice_makes_two_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
         {"gradient_accumulation_steps": 2},
         {"bf16": True},
     ],
@@ -121,7 +122,7 @@ def test_same_bits_under_what_people_train_with(tmp_path: Path, arguments: dict[
     assert watch.monitor.stats.written > 0
 
 
-class _Broken(RuntimeError):
+class _InjectedError(RuntimeError):
     """Injected."""
 
 
@@ -137,7 +138,7 @@ def test_a_fault_of_ours_never_reaches_the_trainer(
     watch = callback(tmp_path, worker="external")
 
     def broken(*_: object, **__: object) -> None:
-        raise _Broken("injected")
+        raise _InjectedError("injected")
 
     if place == "step":
         monkeypatch.setattr("nla_monitor.capture.Capture.step", broken)
@@ -158,7 +159,7 @@ def test_a_fault_of_ours_never_reaches_the_trainer(
     [
         ({"capture": {"layer": 1}}, ConfigError, "block 2"),
         ({"capture": {"tokens_per_sequnce": 1}}, ConfigError, "tokens_per_sequence"),
-        ({"av": "/nowhere/av"}, SidecarError, "/nowhere/av"),
+        ({"av": "/nowhere/av"}, CheckpointError, "/nowhere/av"),
         ({"stop_on": "hihg"}, ConfigError, "stop_on"),
         ({"rules": "oversigth"}, Exception, "oversight"),
     ],

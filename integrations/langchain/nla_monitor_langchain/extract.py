@@ -38,8 +38,8 @@ class PromptEncoder(Protocol):
         """Ids of a chat prompt."""
         ...
 
-    def serves(self, model_type: str) -> bool:
-        """Whether a model of this ``_llm_type`` is one that this encoder speaks for."""
+    def serves(self, model_type: str, *, chat: bool) -> bool:
+        """Whether this encoder speaks for a model of this ``_llm_type`` that is given messages (``chat``) or text."""
         ...
 
 
@@ -81,9 +81,9 @@ class TokenizerPromptEncoder:
                 return token_list(self._tokenizer(text)["input_ids"])
             return chat_ids(self._tokenizer, messages, tools=params.get("tools"))
 
-    def serves(self, model_type: str) -> bool:
-        """A tokenizer alone can't tell whose it is: every model is tried, those without a forward pass are counted."""
-        return True
+    def serves(self, model_type: str, *, chat: bool) -> bool:
+        """A tokenizer can't tell whose it is: any model is tried, except that messages need a chat template."""
+        return not chat or bool(getattr(self._tokenizer, "chat_template", None))
 
 
 class LLMPromptEncoder:
@@ -102,7 +102,7 @@ class LLMPromptEncoder:
         self._constructed_with = getattr(getattr(model, "llm", model), "pipeline_kwargs", None)
         self._lock = threading.Lock()
 
-    def serves(self, model_type: str) -> bool:
+    def serves(self, model_type: str, *, chat: bool) -> bool:
         """Whether a call is of the class of model that was given."""
         return model_type in ("", self._type)
 

@@ -98,7 +98,7 @@ class NLACallbackHandler(BaseCallbackHandler):
                 return
             run, model_type = self._run(run_id, parent_run_id, tags), str(params.get("_type", ""))
             call = self._call(run, metadata, model_type, "\n".join(prompts))
-            encoder = self._encoder_for(call.model_type)
+            encoder = self._encoder_for(call.model_type, chat=False)
             if encoder is not None:
                 self._tracker.start_call(call, [encoder.encode_text(prompt, params) for prompt in prompts])
 
@@ -126,7 +126,7 @@ class NLACallbackHandler(BaseCallbackHandler):
                 last_started.set(str(run_id))
                 self._tracker.start_call(call, (), claimable=True)
                 return
-            encoder = self._encoder_for(call.model_type)
+            encoder = self._encoder_for(call.model_type, chat=True)
             if encoder is not None:
                 self._tracker.start_call(call, [encoder.encode_messages(item, params) for item in messages])
 
@@ -241,9 +241,9 @@ class NLACallbackHandler(BaseCallbackHandler):
         )
         return ModelCall(context, model_type, current_traceparent(), _attributes(model_type, reads), reads, key)
 
-    def _encoder_for(self, model_type: str) -> PromptEncoder | None:
+    def _encoder_for(self, model_type: str, *, chat: bool) -> PromptEncoder | None:
         encoder = self._encoder or self._monitor_encoder()
-        if encoder is None or not encoder.serves(model_type):
+        if encoder is None or not encoder.serves(model_type, chat=chat):
             self._tracker.unwatched(model_type)
             return None
         return encoder

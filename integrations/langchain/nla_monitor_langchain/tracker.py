@@ -24,7 +24,7 @@ from nla_monitor_langchain.lineage import Run, ToolLedger, ToolResult
 logger = logging.getLogger("nla_monitor")
 
 MAX_RUNS = 16_384
-MAX_MODEL_CALLS = 4_096
+MAX_MODEL_CALLS = 1_024
 TTL_SECONDS = 3_600.0
 SETTLE_SECONDS = 5.0
 MAX_SETTLING = 1_024

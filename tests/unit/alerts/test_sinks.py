@@ -267,7 +267,7 @@ def test_a_dead_receiver_costs_one_try_and_holds_up_nobody_else(repository: Repo
     clock.now += FIRST_DELAY
     drain(repository, [dead, keeps], clock=clock)
     assert (dead.calls, len(keeps.got)) == (2, 3)
-    assert [item.error for item in repository.outbox_pending()][0] == "fails: the cable is cut"
+    assert repository.outbox_pending()[0].error == "fails: the cable is cut"
 
 
 def test_a_sink_that_recovers_gets_everything_and_the_others_nothing_twice(
@@ -294,7 +294,7 @@ def test_retries_grow_slower_and_end(repository: Repository, clock: Clock, caplo
         if dead.calls > before:
             waits.append(clock.now - last)
             last = clock.now
-        clock.now += 1.0
+        clock.now += FIRST_DELAY  # every delay is a multiple of the first
     assert dead.calls == MAX_ATTEMPTS
     assert waits[1:] == [min(FIRST_DELAY * 2**n, LONGEST_DELAY) for n in range(MAX_ATTEMPTS - 1)]
     assert repository.outbox_dead() == 1

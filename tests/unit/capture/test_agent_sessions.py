@@ -56,6 +56,7 @@ def test_batched_left_padded_generation_is_told_apart(family: str) -> None:
             for sample in samples:
                 assert sample.agent is not None
                 assert sample.agent.generated == (sample.position >= len(prompt))
+                assert sample.role == ("completion" if sample.agent.generated else "prompt")
                 index = sample.position - len(prompt) if sample.agent.generated else None
                 assert sample.agent.token_index == index
             assert sum(sample.position >= len(prompt) for sample in samples) >= 3

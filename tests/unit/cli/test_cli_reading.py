@@ -27,9 +27,9 @@ def test_alerts_are_listed_newest_first_with_quote_fidelity_and_the_word_uncalib
         "000000000001",
     ]
     assert f"“{QUOTE}”" in result.out
-    assert "FVE 0.70 (denominator: training), cosine 0.90; uncalibrated" in result.out
-    assert "cosine 0.90, no FVE (no denominator known)" in result.out
-    assert "no fidelity (no AR configured)" in result.out
+    assert "FVE 0.70 (training); uncalibrated" in result.out
+    assert "no FVE; uncalibrated" in result.out
+    assert "no fidelity; uncalibrated" in result.out
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nla_monitor.errors import ConfigError
-from tests.langchain_support import RecordingMonitor, text_pipeline
+from tests.langchain_support import RecordingMonitor, byte_tokenizer, text_pipeline
 
 DONE = LLMResult(generations=[])
 
@@ -338,7 +338,7 @@ class CharacterEncoder:
     def encode_messages(self, messages: list[BaseMessage], params: Any) -> list[int]:
         return [ord(letter) for message in messages for letter in message.text]
 
-    def serves(self, model_type: str) -> bool:
+    def serves(self, model_type: str, *, chat: bool) -> bool:
         return True
 
 
@@ -355,11 +355,12 @@ def test_a_handler_installed_twice_opens_one_session(
     assert "Error in" not in caplog.text
 
 
-@pytest.mark.parametrize("known", ["nothing", "another llm"])
+@pytest.mark.parametrize("known", ["nothing", "another llm", "a tokenizer without a template"])
 def test_an_api_model_is_counted_and_said_once(
     monitor: RecordingMonitor, llm: HuggingFacePipeline, caplog: pytest.LogCaptureFixture, known: str
 ) -> None:
-    handler = NLACallbackHandler(monitor, llm=llm if known == "another llm" else None)
+    bare = byte_tokenizer(chat=False) if known.startswith("a tokenizer") else None
+    handler = NLACallbackHandler(monitor, llm=llm if known == "another llm" else None, tokenizer=bare)
     api = FakeListChatModel(responses=["fine"])
     for _ in range(3):
         assert api.invoke("hi", config_of(handler)).content == "fine"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -117,6 +118,20 @@ def test_a_group_named_quote_is_the_quote() -> None:
     assert [(h.quote, h.start) for h in found[0].hits] == [("yes", 8)]
 
 
+@pytest.mark.parametrize("text", ["a cat", "A DOG", "a Dog", "(?<x>", "no", "cat dog"])
+def test_patterns_match_together_as_they_do_alone(text: str) -> None:
+    patterns = [r"(?P<quote>c\wt)", r"(?-i)(?P<quote>Dog)", r"[(?<x>]{5}", r"\(?<x>"]
+    alone = {h.quote for p in patterns for m in matches(one_regex(p), reading(text)) for h in m.hits}
+    for some in (patterns, patterns[:2]):
+        together = {h.quote for m in matches(one_regex(*some), reading(text)) for h in m.hits}
+        assert together <= alone
+        assert bool(together) == any(matches(one_regex(p), reading(text)) for p in some)
+
+
+def one_regex(*patterns: str) -> str:
+    return f"one: {{regex: {json.dumps(patterns)}}}\ncondition: one"
+
+
 def test_keys_of_a_selection_must_all_hold_and_values_any() -> None:
     assert hit("{keywords: [cat], regex: ['dogs?']}", "A cat and dogs.")
     assert not hit("{keywords: [cat], regex: ['dogs?']}", "A cat.")
@@ -199,6 +214,13 @@ def test_comparisons(selection: str, values: dict[str, object], expected: bool) 
 def test_conditions(condition: str, values: dict[str, object], expected: bool) -> None:
     detection = "cat: [cat]\ndog: [dog]\ncondition: |\n" + "\n".join(f"  {line}" for line in condition.splitlines())
     assert bool(matches(detection, reading("A cat.", **values))) is expected
+
+
+def test_metadata_that_cel_cannot_hold_spoils_only_what_looks_at_it() -> None:
+    odd = reading("A cat.", step=4)
+    odd = replace(odd, sample=replace(odd.sample, attributes={"x": "\ud800"}))
+    assert matches("cat: [cat]\ncondition: cat && step > 3", odd)
+    assert not matches("cat: [cat]\ncondition: cat && meta.x == 'a'", odd)
 
 
 def test_exceptions_suppress() -> None:
@@ -319,6 +341,63 @@ def test_any_pattern_and_condition_gives_a_rule_or_an_error_of_ours(pattern: str
         errors.append(error)
     assert all(error.file and error.line for error in errors)
     assert isinstance(RuleSet(rules).evaluate([reading("some words")]), list)
+
+
+CEL = st.sampled_from(
+    [
+        *(
+            "one",
+            "step",
+            "norm",
+            "role",
+            "meta",
+            "meta.x",
+            "fidelity.fve",
+            "agent",
+            "null",
+            "true",
+            "0",
+            "-1",
+            "1.5",
+            "1u",
+        ),
+        *(
+            "9223372036854775807",
+            "'a'",
+            "b'a'",
+            "[1]",
+            "[1][5]",
+            "{'a': 1}",
+            "+",
+            "-",
+            "*",
+            "/",
+            "%",
+            "==",
+            "<",
+            "&&",
+            "||",
+        ),
+        *("!", "?", ":", "(", ")", "in", ".size()", "int(", "uint(", "double('x')", "string(", ".matches('(')"),
+        *(".contains(", "has(meta.x)", "size(", ",", "one ? 1 : 0"),
+    ]
+)
+META = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(CEL, min_size=1, max_size=9).map(" ".join), META)
+def test_any_condition_of_cel_tokens_is_decided_or_refused(condition: str, value: object) -> None:
+    rules: list[Rule] = []
+    errors: list[RuleError] = []
+    try:
+        rules.append(rule(f"one: [words]\ncondition: {json.dumps(condition)}"))
+    except RuleError as error:
+        errors.append(error)
+    assert all(error.key == "detection.condition" for error in errors)
+    assert (
+        len(RuleSet(rules).evaluate([reading("words", meta={"x": value}), reading("words", step=None, fve=None)])) <= 2
+    )
 
 
 _PACK: list[RuleSet] = []

@@ -101,8 +101,9 @@ def test_a_window_holds_one_rule_version_run_and_group(repository: Repository) -
     with repository.transaction() as tx:
         tx.add_matches(
             [
-                match(samples[3], group=mine),
-                match(samples[1], group={"rank": 1, "sequence": "a"}),
+                match(samples[3], group=mine, match_id="b"),
+                match(samples[5], group=mine, match_id="c"),
+                match(samples[1], group={"rank": 1, "sequence": "a"}, match_id="d"),
                 match(samples[0], group={"sequence": "b", "rank": 1}),
                 match(samples[2], group=mine, rule_version="v2"),
                 match(samples[4], group=mine, run_id="run-2"),
@@ -110,9 +111,13 @@ def test_a_window_holds_one_rule_version_run_and_group(repository: Repository) -
             ]
         )
         found = tx.window_matches("hack", "v1", "run-1", mine)
-        assert found == [match(samples[1], group=mine), match(samples[3], group=mine)]
-        assert [item.step for item in tx.window_matches("hack", "v1", "run-1", mine, since_step=2)] == [3]
-        assert [item.step for item in tx.window_matches("hack", "v1", "run-1", mine, since_time=1003.0)] == [3]
+        assert found == [
+            match(samples[1], group=mine, match_id="d"),
+            match(samples[3], group=mine, match_id="b"),
+            match(samples[5], group=mine, match_id="c"),
+        ]
+        assert tx.window_matches("hack", "v1", "run-1", mine, since_step=2) == found[1:]
+        assert tx.window_matches("hack", "v1", "run-1", mine, since_time=1003.0) == found[1:]
 
 
 def test_progress_is_that_of_the_runs_readings(repository: Repository) -> None:
