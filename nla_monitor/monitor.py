@@ -46,6 +46,7 @@ logger = logging.getLogger("nla_monitor")
 
 _WATCH_SECONDS = 0.5
 _EXIT_SECONDS = 10.0
+_MANY = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +312,7 @@ class Monitor:
         Raises:
             StoreError: the database cannot be read.
         """
-        return self.repository.alerts(run_id=self.run_id)
+        return self.repository.alerts(run_id=self.run_id, limit=_MANY)
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Wait until everything sampled so far is safely in the spool."""
@@ -367,7 +368,7 @@ class Monitor:
         """Alerts of the run, as the store has them; and our drops, for the store."""
         try:
             if ranks.rank() == 0:
-                for alert in self.repository.alerts(run_id=self.run_id):
+                for alert in self.repository.alerts(run_id=self.run_id, limit=_MANY):
                     if self._states.get(alert.alert_id) is not alert.state:
                         self._states[alert.alert_id] = alert.state
                         self._notice(alert)

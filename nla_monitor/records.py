@@ -227,6 +227,18 @@ class Match:
 
 
 @dataclass(frozen=True, slots=True)
+class Support:
+    """What the controls that a rule requires said of one match. A refuted match is kept, and counts in no window."""
+
+    match_id: str
+    swap_margin: float
+    """AR cosine of the explanation as stated minus the best with the claim's alternatives in its place. Supported
+    claims stand well above 0, confabulated ones at or below it (measured: ``organism/CARD.md``)."""
+    supported: bool
+    """Whether the margin reaches what the rule requires."""
+
+
+@dataclass(frozen=True, slots=True)
 class RuleHeader:
     """What an alert needs to know of its rule."""
 

@@ -20,7 +20,7 @@ import numpy as np
 from sqlalchemy import select
 
 from nla_monitor.errors import ConfigError
-from nla_monitor.records import Alert
+from nla_monitor.records import Alert, Phase
 from nla_monitor.store.engine import read
 from nla_monitor.store.models import MatchRow, ReadingRow, RuleRow
 from nla_monitor.store.queries import Counts, RunSummary
@@ -80,16 +80,15 @@ class RatePoint:
 
 @dataclass(frozen=True, slots=True)
 class RuleRate:
-    """How often a rule matched."""
+    """How often a rule matched in one kind of forward pass."""
 
     rule_id: str
     title: str
+    phase: Phase
     matched: int
     read: int
     points: tuple[RatePoint, ...]
-    """Over the steps of training; empty for a run without steps."""
-    elsewhere: tuple[int, int]
-    """(matched, read) of readings without a step: agents."""
+    """Over the steps of training; empty where there are no steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,26 +169,25 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _rates(repository: Repository, run_id: str) -> Iterator[RuleRate]:
-    """Rules that matched first, most often first; then those that never did."""
+    """Rules that matched first, most often first; then those that never did. One entry per phase that was read."""
     with read(repository.engine) as connection:
         titles = {row.rule_id: row.title for row in connection.execute(select(RuleRow.rule_id, RuleRow.title))}
         matched = connection.execute(select(MatchRow.rule_id).where(MatchRow.run_id == run_id).distinct()).scalars()
         rules = sorted({*titles, *matched})
-    rates = [_rate(repository, run_id, rule, titles.get(rule, rule)) for rule in rules]
-    yield from sorted(rates, key=lambda rate: (-rate.matched, rate.rule_id))
+    found = [_rate(repository, run_id, (rule, titles.get(rule, rule)), phase) for rule in rules for phase in Phase]
+    yield from sorted((rate for rate in found if rate.read), key=lambda rate: (-rate.matched, rate.rule_id, rate.phase))
 
 
-def _rate(repository: Repository, run_id: str, rule_id: str, title: str) -> RuleRate:
-    rows = repository.match_rate(run_id, rule_id)
+def _rate(repository: Repository, run_id: str, rule: tuple[str, str], phase: Phase) -> RuleRate:
+    rows = repository.match_rate(run_id, rule[0], phase=phase)
     steps = [RatePoint(step, step, matched, total) for step, matched, total in rows if step is not None and total]
-    elsewhere = [(matched, total) for step, matched, total in rows if step is None]
     return RuleRate(
-        rule_id=rule_id,
-        title=title,
+        rule_id=rule[0],
+        title=rule[1],
+        phase=phase,
         matched=sum(matched for _, matched, _ in rows),
         read=sum(total for _, _, total in rows),
-        points=tuple(_binned(steps)),
-        elsewhere=elsewhere[0] if elsewhere else (0, 0),
+        points=tuple(_binned(steps)) if len(steps) > 1 else (),
     )
 
 
@@ -242,6 +240,7 @@ def _html(report: Report) -> str:
         "facts": _facts,
         "moment": _moment,
         "percent": _percent,
+        "where": _where,
     }
     return environment.get_template("report.html.j2").render(
         report=report, caution=CAUTION, plots=[plot(rate, report.alerts) for rate in report.rates if rate.points]
@@ -302,12 +301,10 @@ def _text(report: Report) -> Iterator[str]:
         yield f"  {report.unread_fidelity} readings have none (no AR)"
     yield "\nMatch rates by step (bars: 0 to 100 %)"
     for rate in report.rates:
-        yield f"  {rate.rule_id:<28} {_share(rate.matched, rate.read)}"
+        yield f"  {rate.rule_id:<24} {rate.phase.value:<6} {_share(rate.matched, rate.read)}"
         if rate.matched and rate.points:
             steps = f"steps {rate.points[0].first_step} to {rate.points[-1].last_step}"
             yield f"    {sparkline(rate.points)}  {steps}, last {_percent(rate.points[-1].rate)}"
-        if rate.elsewhere[1]:
-            yield f"    agents: {_share(*rate.elsewhere)}"
     yield "\nAlerts"
     yield from (_alert_line(alert) for alert in report.alerts) if report.alerts else ("  none",)
     yield f"\n{CAUTION}"
@@ -318,11 +315,19 @@ def _share(matched: int, total: int) -> str:
 
 
 def _alert_line(alert: Alert) -> str:
-    where = f"step {alert.first_step}" if alert.first_step is not None else "agent"
     return (
-        f"  [{alert.severity.value}] {clean(alert.rule_title)}: {alert.state.value}, {alert.triage.value}, {where}, "
-        f"position {alert.position}, {_certainty(alert)}\n    “{clean(alert.quote)}”  {alert.alert_id}"
+        f"  [{alert.severity.value}] {clean(alert.rule_title)}: {alert.state.value}, {alert.triage.value}, "
+        f"{_where(alert)}, {_certainty(alert)}\n    “{clean(alert.quote)}”  {alert.alert_id}"
     )
+
+
+def _where(alert: Alert) -> str:
+    """In an agent's work, or at which steps of training; and at which token."""
+    if alert.agent is not None or alert.first_step is None:
+        return f"agent, position {alert.position}"
+    last = alert.last_step if alert.last_step is not None else alert.first_step
+    steps = f"{alert.first_step}" if last == alert.first_step else f"{alert.first_step} to {last}"
+    return f"step {steps}, position {alert.position}"
 
 
 def _certainty(alert: Alert) -> str:
@@ -357,18 +362,24 @@ def _markdown(report: Report) -> Iterator[str]:
     if report.unread_fidelity:
         yield f"\n{report.unread_fidelity} readings have no fidelity (no AR)."
     yield "\n## Match rates by step\n"
-    yield "| rule | matched / read | last | over the steps (bars: 0 to 100 %) |\n|---|---|---:|---|"
+    yield "| rule | phase | matched / read | last | over the steps (bars: 0 to 100 %) |\n|---|---|---|---:|---|"
     for rate in report.rates:
         last = _percent(rate.points[-1].rate) if rate.points else "-"
-        yield f"| {_escaped(rate.rule_id)} | {_share(rate.matched, rate.read)} | {last} | {sparkline(rate.points)} |"
+        cells = (
+            _escaped(rate.rule_id),
+            rate.phase.value,
+            _share(rate.matched, rate.read),
+            last,
+            sparkline(rate.points),
+        )
+        yield f"| {' | '.join(cells)} |"
     yield "\n## Alerts\n"
     if not report.alerts:
         yield "None."
     for alert in report.alerts:
-        where = f"step {alert.first_step}" if alert.first_step is not None else "agent"
         yield (
             f"- **{alert.severity.value}** {_escaped(alert.rule_title)}: {alert.state.value}, {alert.triage.value}, "
-            f"{where}, position {alert.position}, {_escaped(_certainty(alert))}\n  > {_escaped(alert.quote)}\n\n"
+            f"{_where(alert)}, {_escaped(_certainty(alert))}\n  > {_escaped(alert.quote)}\n\n"
             f"  `{alert.alert_id}`"
         )
     yield f"\n*{CAUTION}*"
@@ -418,7 +429,7 @@ def plot(rate: RuleRate, alerts: Sequence[Alert]) -> Plot:
     def up(share: float) -> float:
         return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * share / top
 
-    fired = [alert for alert in alerts if alert.rule_id == rate.rule_id and alert.first_step is not None]
+    fired = [alert for alert in alerts if alert.rule_id == rate.rule_id and _in_phase(alert, rate.phase)]
     return Plot(
         rate=rate,
         dots=tuple((across((point.first_step + point.last_step) / 2), up(point.rate), point) for point in rate.points),
@@ -429,6 +440,13 @@ def plot(rate: RuleRate, alerts: Sequence[Alert]) -> Plot:
             for alert in fired
         ),
     )
+
+
+def _in_phase(alert: Alert, phase: Phase) -> bool:
+    """Whether a curve of this phase is where the alert belongs (rules may group by phase, or not)."""
+    if alert.first_step is None or (alert.agent is not None) != (phase is Phase.AGENT):
+        return False
+    return alert.group.get("phase", phase) == phase
 
 
 def _grid(top: float) -> tuple[float, float, float]:

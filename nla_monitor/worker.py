@@ -23,7 +23,7 @@ from nla_monitor.alerts import lifecycle
 from nla_monitor.alerts.sinks import LogSink, Sink, WebhookSink, drain
 from nla_monitor.config import MonitorConfig
 from nla_monitor.errors import ActivationError, StoreUnavailableError
-from nla_monitor.evidence import collect_evidence
+from nla_monitor.evidence import SwapRule, check_swaps, collect_evidence
 from nla_monitor.nla import load_reconstructor, load_verbalizer
 from nla_monitor.nla.base import Reconstructor, Verbalization, Verbalizer
 from nla_monitor.nla.injection import bad_rows
@@ -38,6 +38,7 @@ from nla_monitor.records import (
     RuleHeader,
     Scalar,
     StageFailure,
+    Support,
     WindowVerdict,
 )
 from nla_monitor.rules import RuleSet, load_rules
@@ -59,6 +60,7 @@ class _Batch:
     readings: list[Reading] = field(default_factory=list)
     failures: list[StageFailure] = field(default_factory=list)
     matches: list[Match] = field(default_factory=list)
+    supports: dict[str, Support] = field(default_factory=dict)
     changed: list[tuple[Alert, str]] = field(default_factory=list)
 
 
@@ -95,6 +97,7 @@ class Worker:
         self.config = config
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
         self.rules: RuleSet = load_rules(config.rules)
+        self._swap_rules = _swap_rules(self.rules)
         engine = open_engine(config.database)
         prepare(engine)
         self.repository = Repository(engine)
@@ -150,6 +153,7 @@ class Worker:
         self._read(batch)
         with self.telemetry.evaluate_span(len(batch.readings)):
             batch.matches = self.rules.evaluate(batch.readings)
+            batch.supports = self._check(batch)
         self._commit(batch)
         self._report(batch)
         self._deliver()
@@ -213,6 +217,21 @@ class Worker:
             for sample, score in zip(samples, scores, strict=True)
         ]
 
+    # -- evidence on candidates ----------------------------------------------------------------------------------
+
+    def _check(self, batch: _Batch) -> dict[str, Support]:
+        """The controls that the matched rules require; without an AR there are none, and the alert says so."""
+        if self.reconstructor is None:
+            return {}
+        ar = self.reconstructor
+        readings = {reading.sample_id: reading for reading in batch.readings}
+        return check_swaps(
+            batch.matches,
+            readings,
+            self._swap_rules,
+            lambda vectors, texts: [score.cosine for score in ar.score(vectors, texts)],
+        )
+
     # -- one transaction -----------------------------------------------------------------------------------------
 
     def _commit(self, batch: _Batch) -> None:
@@ -223,7 +242,7 @@ class Worker:
             batch.matches = [match for match in batch.matches if match.sample_id in owned]
             batch.failures = [failure for failure in batch.failures if failure.sample_id in owned]
             tx.add_readings(batch.readings)
-            tx.add_matches(batch.matches)
+            tx.add_matches(batch.matches, batch.supports)
             retrying = tx.add_failures(batch.failures, self.config.worker.max_attempts)
             batch.changed = self._alerts(tx, runs, batch.matches)
             tx.ack(batch.owner, sorted(owned - retrying))
@@ -274,17 +293,31 @@ class Worker:
             exhibit[0] if exhibit is not None else None,
             step=clock.step,
             now=clock.now,
-            evidence=collect_evidence(verdict, *exhibit) if exhibit is not None else {},
+            evidence=self._evidence(tx, verdict, *exhibit) if exhibit is not None else {},
         )
         if transition.alert is None or transition.event is None:
             return []
         return [(tx.save_alert(transition.alert, verdict.matches, transition.event), transition.event)]
+
+    def _evidence(
+        self, tx: WorkerTransaction, verdict: WindowVerdict, exhibit: Reading, match: Match
+    ) -> dict[str, object]:
+        margins = tx.margins([match.match_id for match in verdict.matches])
+        evidence = collect_evidence(verdict, exhibit, match, margins)
+        rule = self._swap_rules.get(match.rule_id)
+        if rule is not None and not margins:
+            evidence["not_run"] = ["swap_margin: no AR is configured"]
+        elif rule is not None:
+            evidence["swap_margin_required"] = rule.least
+        return evidence
 
     # -- after the commit ----------------------------------------------------------------------------------------
 
     def _report(self, batch: _Batch) -> None:
         by_id = {reading.sample_id: reading for reading in batch.readings}
         for match in batch.matches:
+            if match.match_id in batch.supports and not batch.supports[match.match_id].supported:
+                continue
             self.telemetry.evaluation_event(match, by_id[match.sample_id])
         for reading in batch.readings:
             self.telemetry.fidelity(reading)
@@ -323,10 +356,14 @@ def _fingerprint(match: Match) -> str:
     return lifecycle.fingerprint(match.rule_id, match.run_id, match.group)
 
 
-def _exhibit(tx: WorkerTransaction, matches: Sequence[Match]) -> tuple[Reading, str] | None:
+def _swap_rules(rules: RuleSet) -> dict[str, SwapRule]:
+    required = {rule.id: rule.spec.evidence.swap_margin for rule in rules.rules}
+    return {key: SwapRule(swap.min, swap.alternatives) for key, swap in required.items() if swap is not None}
+
+
+def _exhibit(tx: WorkerTransaction, matches: Sequence[Match]) -> tuple[Reading, Match] | None:
     """The match whose explanation reconstructs best, as the reading to show; ties go to the earliest."""
     found = [(reading, match) for match in matches if (reading := tx.reading(match.sample_id)) is not None]
     if not found:
         return None
-    reading, match = max(found, key=lambda pair: pair[0].fidelity.cosine if pair[0].fidelity is not None else 0.0)
-    return reading, match.quote
+    return max(found, key=lambda pair: pair[0].fidelity.cosine if pair[0].fidelity is not None else 0.0)

@@ -246,6 +246,8 @@ def _matches() -> None:
         sa.Column("position", sa.BigInteger(), nullable=False),
         sa.Column("sequence_id", sa.String(), nullable=False),
         sa.Column("captured_at", sa.Double(), nullable=False),
+        sa.Column("swap_margin", sa.Double(), nullable=True),
+        sa.Column("supported", sa.Boolean(), nullable=True),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.ForeignKeyConstraint(
             ["sample_id"], ["nla_samples.sample_id"], name=op.f("fk_nla_matches_sample_id"), ondelete="CASCADE"

@@ -72,7 +72,7 @@ def print_page(out: Console, exhibit: Exhibit, database: str) -> None:
             _print_title(out, title)
             out.print(Padding(body, (0, 0, 0, 2)))
     _print_title(out, "What to do")
-    _print_what_to_do(out, alert, database)
+    _print_what_to_do(out, exhibit, database)
 
 
 def _print_title(out: Console, title: str) -> None:
@@ -119,7 +119,7 @@ def _evidence(evidence: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Controls in words where they are known, as they are where they are not."""
     for name, value in evidence.items():
         if name == "recurrence" and isinstance(value, Mapping):
-            counts = ", ".join(f"{count} {what}" for what, count in value.items() if what != "needed")
+            counts = ", ".join(f"{what} {count}" for what, count in value.items() if what != "needed")
             yield "recurrence", f"{counts} (the rule asks for {value.get('needed', '?')})"
         elif name == "echo" and isinstance(value, int | float):
             meaning = "it may merely repeat the text that the model saw" if value > _ECHO_LIMIT else "little echo"
@@ -146,7 +146,7 @@ def _where(exhibit: Exhibit) -> Table:
     for key, value in _agent(alert):
         rows.add_row(key, value)
     for key, item in alert.group.items():
-        if key != "run_id":
+        if key != "run_id" and item is not None:
             rows.add_row(safe(key), safe(str(item), one_line=True))
     rows.add_row("context", _context(alert, shown))
     if alert.traceparent:
@@ -217,15 +217,18 @@ def _other(alert: Alert, reading: Reading) -> Text:
     return Text.assemble((f"{step}position {sample.position}{fve}: ", "dim"), said)
 
 
-def _print_what_to_do(out: Console, alert: Alert, database: str) -> None:
+def _print_what_to_do(out: Console, exhibit: Exhibit, database: str) -> None:
+    alert, shown = exhibit.alert, exhibit.shown
     option = "" if database == DEFAULT_DATABASE else f" --database {shlex.quote(database)}"
-    step = f" --step {alert.last_step}" if alert.last_step is not None else ""
-    runbook = safe(alert.runbook, one_line=True) if alert.runbook else "this rule has none"
+    at = shown.sample.step if shown is not None else alert.first_step
+    step = f" --step {at}" if at is not None else ""
     told = "Say what it was; that is how the rule's precision becomes known"
     if alert.triage is not TriageState.OPEN:
         told = f"It is labelled {alert.triage.value}; to change that"
+    out.print(Text("  1. Runbook:" if alert.runbook else "  1. Runbook: this rule has none"))
+    if alert.runbook:
+        out.print(Padding(Text(safe(alert.runbook.strip())), (0, 0, 0, 5)))
     for text, command in (
-        (f"1. Runbook: {runbook}", None),
         ("2. Read the context above: does the text itself say what the explanation says (an echo)?", None),
         (
             "3. Look at what else was read there:",

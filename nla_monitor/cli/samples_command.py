@@ -74,6 +74,11 @@ def _token(sample: SampleView) -> str:
     return cut(repr(sample.token_text), 14) if sample.token_text is not None else f"id {sample.token_id}"
 
 
+def _trigger(sample: SampleView) -> str:
+    """A trigger may be a token such as a line end."""
+    return sample.trigger if sample.trigger.isidentifier() else cut(repr(sample.trigger), 14)
+
+
 def _state(sample: SampleView) -> str:
     return f"{sample.state}: {sample.error}" if sample.error else sample.state
 
@@ -90,7 +95,7 @@ def _print_table(found: Sequence[SampleView]) -> None:
     room = max(24, out.width - 56) if wide else 60
     for sample in found:
         fve = sample.fidelity.fve if sample.fidelity is not None else None
-        extra = (safe(sample.trigger, one_line=True), "-" if fve is None else f"{fve:.2f}") if wide else ()
+        extra = (_trigger(sample), "-" if fve is None else f"{fve:.2f}") if wide else ()
         text = (
             cut(sample.explanation.text, room) if sample.explanation is not None else f"({cut(_state(sample), room)})"
         )

@@ -1,13 +1,14 @@
-"""Controls that need no further model call: does the claim recur, and does the text the model saw already say it?
+"""Controls that need no further model call, and what an alert says of all of them.
 
-Why these two first: a claim that recurs over positions is truer than a single one, and a verbalizer may merely repeat
-what stands in the prompt (facts behind it: ARCHITECTURE.md, "What an alert may claim").
+Why recurrence and echo: a claim that recurs over positions is truer than a single one, and a verbalizer may
+merely repeat what stands in the prompt (facts behind it: ARCHITECTURE.md, "What an alert may claim").
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
 
 from nla_monitor.records import Match, Reading, WindowVerdict
 
@@ -78,15 +79,28 @@ def echo(quote: str, context: str | None) -> float | None:
     return len(words & _content_words(context)) / len(words)
 
 
-def collect_evidence(verdict: WindowVerdict, exhibit: Reading, quote: str) -> dict[str, object]:
-    """What speaks for and against an alert, by name of the control."""
+def collect_evidence(
+    verdict: WindowVerdict, exhibit: Reading, match: Match, margins: Mapping[str, float]
+) -> dict[str, object]:
+    """What speaks for and against an alert, by name of the control.
+
+    Args:
+        verdict: the window that holds.
+        exhibit: the reading that is shown.
+        match: its match.
+        margins: swap margins of the window's matches, by ``match_id``, as far as they were measured.
+    """
     evidence: dict[str, object] = {
         "recurrence": {**recurrence(verdict.matches), "needed": verdict.needed},
         "norm": round(exhibit.sample.norm, 4),
     }
-    overlap = echo(quote, exhibit.sample.context)
+    overlap = echo(match.quote, exhibit.sample.context)
     if overlap is not None:
         evidence["echo"] = round(overlap, 3)
+    if margins:
+        exhibited = {"exhibit": round(margins[match.match_id], 4)} if match.match_id in margins else {}
+        spread = {"median": round(median(margins.values()), 4), "measured": len(margins)}
+        evidence["swap_margin"] = exhibited | spread
     if exhibit.explanation.truncated:
         evidence["truncated"] = True
     return evidence

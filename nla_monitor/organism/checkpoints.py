@@ -62,7 +62,7 @@ def write_av(
 ) -> None:
     """Writes the AV with its sidecar."""
     close = tokenizer.convert_tokens_to_ids(recipe.EXPLANATION_CLOSE)
-    generation = GenerationConfig(
+    generation = GenerationConfig(  # type: ignore[no-untyped-call] # transformers leaves it untyped
         do_sample=False,
         max_new_tokens=AV_MAX_NEW_TOKENS,
         eos_token_id=[tokenizer.eos_token_id, close],
@@ -120,9 +120,8 @@ def _write_model(
     }
     config.pop("layer_types", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    generation = generation or GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    generation = generation or GenerationConfig(**ends)  # type: ignore[no-untyped-call] # transformers leaves it untyped
     generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -97,7 +98,7 @@ class Reader:
         return torch.stack([tokens[row, first:last].sum() for row, (first, last) in enumerate(spans)])
 
     def swap_margins(self, vectors: Tensor, texts: Sequence[str], latent: str) -> Tensor:
-        """Cosine as stated minus the best with an alternative in the claim's place, ``[n]``; NaN without such a claim."""
+        """Cosine as stated minus the best with an alternative in the claim's place, ``[n]``; NaN without the claim."""
         claims = [next((claim for claim in captions.find(text) if claim.latent == latent), None) for text in texts]
         jobs = [
             (row, text)
@@ -126,6 +127,8 @@ def continue_greedily(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prefixes: Sequence[list[int]], tokens: int
 ) -> list[str]:
     """Greedy continuations of token prefixes, without closing tokens."""
+    # Any: the stub of generate binds self to a mixin that the class is not known to have.
+    generate: Any = model.generate  # type: ignore[misc]
     texts: list[str] = []
     for start in range(0, len(prefixes), _BATCH):
         part = prefixes[start : start + _BATCH]
@@ -133,7 +136,7 @@ def continue_greedily(
         ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(row)) + row for row in part])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in part])
         with torch.inference_mode():
-            rows = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
+            rows = generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)
         texts += tokenizer.batch_decode(rows[:, longest:], skip_special_tokens=True)
     return texts
 

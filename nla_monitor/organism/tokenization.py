@@ -27,7 +27,9 @@ def train_tokenizer(seed: int, *, vocabulary: int, documents: int = 6000) -> Pre
     core.train_from_iterator(_training_text(seed, documents), trainer)
     core.add_special_tokens([AddedToken(PAD, normalized=False), AddedToken(EOS, normalized=False)])
     core.add_tokens([AddedToken(tag, normalized=False) for tag in (*_TAGS, recipe.MARKER)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, padding_side="right")
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call] # transformers leaves it untyped
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, padding_side="right"
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -204,7 +204,8 @@ def train_av(
 ) -> LlamaForCausalLM:
     """Trains the AV: activation in, caption out; loss on the caption only."""
     torch.manual_seed(seed + 1)
-    model = _copy(target).train()
+    model = _copy(target)
+    model.train()
     prompt, marker = av_prompt(tokenizer)
     rng = corpus.keyed_rng(seed, "av")
     loop = _Loop(

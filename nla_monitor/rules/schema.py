@@ -19,7 +19,7 @@ ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MAX_COUNT: Final = 100_000
 MAX_STEPS: Final = 1_000_000_000
 MAX_SECONDS: Final = 10 * 365 * 86_400.0
-LOGIC: Final = ("id", "severity", "detection", "window", "exceptions")
+LOGIC: Final = ("id", "severity", "detection", "window", "exceptions", "evidence")
 """Keys that decide what matches and what fires; the version is the hash of these, so that prose may be corrected."""
 
 _UNITS: Final = {
@@ -79,6 +79,10 @@ class Span(_Section):
 SpanField = Annotated[Span, BeforeValidator(_span)]
 
 
+def _one_is_a_list(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 class LogSource(_Section):
     """Sigma's ``logsource``: what kind of record the rule reads."""
 
@@ -98,6 +102,21 @@ class Window(_Section):
     within: SpanField | None = None
     hold: SpanField | None = Field(None, alias="for")
     keep_firing_for: SpanField | None = None
+
+
+class SwapMargin(_Section):
+    """The claim must reconstruct the activation better than what else could stand in its place."""
+
+    min: float = Field(0.02, ge=-2, le=2, description="least cosine lead over the best alternative")
+    alternatives: Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)] = Field(
+        min_length=1, max_length=32, description="sentences that replace the one with the quote"
+    )
+
+
+class Evidence(_Section):
+    """Controls that a match must pass before it counts; run on matches only."""
+
+    swap_margin: SwapMargin | None = None
 
 
 class ExceptionSpec(_Section):
@@ -203,10 +222,6 @@ def _condition_text(value: object) -> object:
     return {"when": value} if isinstance(value, str) else value
 
 
-def _one_is_a_list(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
 Texts = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
 
 
@@ -220,6 +235,7 @@ class RuleSpec(_Section):
     tests: Tests
     window: Window = Field(default_factory=Window)
     exceptions: tuple[Annotated[ExceptionSpec, BeforeValidator(_condition_text)], ...] = ()
+    evidence: Evidence = Field(default_factory=Evidence)
     logsource: LogSource = Field(default_factory=LogSource)
     status: Literal["stable", "test", "experimental", "deprecated", "unsupported"] = "experimental"
     description: str | None = None
@@ -244,6 +260,8 @@ SECTIONS: Final[dict[tuple[str, ...], type[BaseModel]]] = {
     ("window", "for"): Span,
     ("window", "keep_firing_for"): Span,
     ("exceptions",): ExceptionSpec,
+    ("evidence",): Evidence,
+    ("evidence", "swap_margin"): SwapMargin,
     ("tests",): Tests,
     ("tests", "positive"): TestCase,
     ("tests", "negative"): TestCase,

@@ -26,6 +26,7 @@ from nla_monitor.records import (
     Reading,
     RunInfo,
     Severity,
+    Support,
     TriageState,
 )
 
@@ -189,7 +190,7 @@ def fidelity_of(row: Row) -> Fidelity | None:
     )
 
 
-def match_row(match: Match) -> dict[str, Any]:
+def match_row(match: Match, support: Support | None = None) -> dict[str, Any]:
     """Row of ``nla_matches``, without ``created_at``."""
     return {
         "match_id": match.match_id,
@@ -207,6 +208,8 @@ def match_row(match: Match) -> dict[str, Any]:
         "position": match.position,
         "sequence_id": match.sequence_id,
         "captured_at": match.captured_at,
+        "swap_margin": support.swap_margin if support else None,
+        "supported": support.supported if support else None,
     }
 
 

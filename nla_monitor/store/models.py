@@ -54,8 +54,6 @@ class Base(DeclarativeBase):
         float: Double(),
         bool: Boolean(),
         bytes: LargeBinary(),
-        dict[str, Any]: Document,
-        list[Any]: Document,
     }
 
 
@@ -77,7 +75,7 @@ class RunRow(Base):
     ended_at: Mapped[float | None]
     av_hash: Mapped[str | None]
     ar_hash: Mapped[str | None]
-    config: Mapped[dict[str, Any]]
+    config: Mapped[dict[str, Any]] = mapped_column(Document)
     host: Mapped[str]
 
 
@@ -117,7 +115,7 @@ class SampleRow(Base):
     agent_conversation_id: Mapped[str | None]
     agent_generated: Mapped[bool | None]
     agent_token_index: Mapped[int | None]
-    attributes: Mapped[dict[str, Any]]
+    attributes: Mapped[dict[str, Any]] = mapped_column(Document)
     d_model: Mapped[int] = mapped_column(Integer)
     dtype: Mapped[str]
     checksum: Mapped[int]
@@ -209,12 +207,16 @@ class MatchRow(Base):
     severity: Mapped[str]
     group_key: Mapped[str]
     """Canonical JSON of ``group_values``: what windows are looked up by."""
-    group_values: Mapped[dict[str, Any]]
-    hits: Mapped[list[Any]]
+    group_values: Mapped[dict[str, Any]] = mapped_column(Document)
+    hits: Mapped[list[Any]] = mapped_column(Document)
     step: Mapped[int | None]
     position: Mapped[int]
     sequence_id: Mapped[str]
     captured_at: Mapped[float]
+    swap_margin: Mapped[float | None]
+    """Null: the rule asks for none, or there was no AR."""
+    supported: Mapped[bool | None]
+    """False: refuted by a control that the rule requires; such a match counts in no window."""
     created_at: Mapped[float]
 
 
@@ -245,7 +247,7 @@ class AlertRow(Base):
     severity: Mapped[str]
     state: Mapped[str]
     triage: Mapped[str]
-    group_values: Mapped[dict[str, Any]]
+    group_values: Mapped[dict[str, Any]] = mapped_column(Document)
     first_step: Mapped[int | None]
     last_step: Mapped[int | None]
     fired_at: Mapped[float]
@@ -260,8 +262,8 @@ class AlertRow(Base):
     cosine: Mapped[float | None]
     fve: Mapped[float | None]
     denominator_name: Mapped[str | None]
-    evidence: Mapped[dict[str, Any]]
-    calibration: Mapped[dict[str, Any]]
+    evidence: Mapped[dict[str, Any]] = mapped_column(Document)
+    calibration: Mapped[dict[str, Any]] = mapped_column(Document)
     agent: Mapped[dict[str, Any] | None] = mapped_column(Document)
     runbook: Mapped[str | None]
     traceparent: Mapped[str | None]
@@ -301,13 +303,13 @@ class OutboxRow(Base):
     kind: Mapped[str]
     """``fired`` or ``resolved``."""
     alert_id: Mapped[str] = mapped_column(ForeignKey("nla_alerts.alert_id", ondelete="CASCADE"), index=True)
-    payload: Mapped[dict[str, Any]]
+    payload: Mapped[dict[str, Any]] = mapped_column(Document)
     """The alert as it was at that moment."""
     state: Mapped[str]
     """``pending``, ``done`` or ``dead`` (given up, kept for inspection)."""
     attempts: Mapped[int] = mapped_column(Integer)
     next_at: Mapped[float]
-    delivered: Mapped[list[Any]]
+    delivered: Mapped[list[Any]] = mapped_column(Document)
     """Names of the sinks that have it already: a retry does not tell them twice."""
     error: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[float]
@@ -334,7 +336,7 @@ class WorkerRow(Base):
     pid: Mapped[int]
     started_at: Mapped[float]
     seen_at: Mapped[float] = mapped_column(index=True)
-    info: Mapped[dict[str, Any]]
+    info: Mapped[dict[str, Any]] = mapped_column(Document)
 
 
 OURS: Final = frozenset(Base.metadata.tables) | {VERSION_TABLE}

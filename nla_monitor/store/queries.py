@@ -139,6 +139,11 @@ class WorkerSign:
     info: Mapping[str, object]
 
 
+def not_refuted() -> ColumnElement[bool]:
+    """Matches that count: no control was required, or none refuted them."""
+    return or_(MatchRow.supported.is_(None), MatchRow.supported.is_(True))
+
+
 def reading_query() -> Select[*tuple[Any, ...]]:
     """Samples with their readings, one row each; ``to_reading`` makes records of the rows."""
     return select(*table(SampleRow).c, *_READING).join(ReadingRow, ReadingRow.sample_id == SampleRow.sample_id)
@@ -343,7 +348,7 @@ class Reader:
         attributes: Mapping[str, Scalar] | None = None,
         by_step: bool = True,
     ) -> list[tuple[int | None, int, int]]:
-        """How many of the samples that were read met a rule: ``(step, matched, read)``, by step or in all.
+        """How many of the samples that were read met a rule, unrefuted: ``(step, matched, read)``, by step or in all.
 
         Args:
             run_id: the run.
@@ -355,7 +360,7 @@ class Reader:
         """
         met = (
             select(MatchRow.sample_id)
-            .where(MatchRow.run_id == run_id, MatchRow.rule_id == rule_id)
+            .where(MatchRow.run_id == run_id, MatchRow.rule_id == rule_id, not_refuted())
             .distinct()
             .subquery()
         )

@@ -6,10 +6,10 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
 from nla_monitor.errors import StoreError
-from nla_monitor.records import Alert, AlertState, Match, Reading, Scalar, StageFailure
+from nla_monitor.records import Alert, AlertState, Match, Reading, Scalar, StageFailure, Support
 from nla_monitor.store.codec import alert_of, alert_row, clean, group_key, match_of, match_row, reading_row
 from nla_monitor.store.dialect import insert_new, locked, serialize, upsert
 from nla_monitor.store.models import (
@@ -23,7 +23,7 @@ from nla_monitor.store.models import (
     SpoolRow,
     table,
 )
-from nla_monitor.store.queries import reading_query, to_reading
+from nla_monitor.store.queries import not_refuted, reading_query, to_reading
 
 AlertEvent = Literal["fired", "updated", "resolved"]
 
@@ -107,11 +107,17 @@ class WorkerTransaction:
                 .values(state=state, lease_owner=None, lease_until=None)
             )
 
-    def add_matches(self, matches: Sequence[Match]) -> int:
-        """Store matches; a known ``match_id`` is ignored. Returns how many were new."""
-        return insert_new(
-            self._connection, MatchRow, [match_row(match) | {"created_at": self._now} for match in matches]
+    def add_matches(self, matches: Sequence[Match], supports: Mapping[str, Support] | None = None) -> int:
+        """Store matches with what controls said of them; a known ``match_id`` is ignored. Returns how many were new."""
+        rows = [match_row(match, (supports or {}).get(match.match_id)) for match in matches]
+        return insert_new(self._connection, MatchRow, [row | {"created_at": self._now} for row in rows])
+
+    def margins(self, match_ids: Collection[str]) -> dict[str, float]:
+        """Swap margins of matches, by ``match_id``, as far as they were measured."""
+        query = select(MatchRow.match_id, MatchRow.swap_margin).where(
+            MatchRow.match_id.in_(list(match_ids)), MatchRow.swap_margin.is_not(None)
         )
+        return {key: margin for key, margin in self._connection.execute(query) if margin is not None}
 
     def window_matches(
         self,
@@ -123,26 +129,31 @@ class WorkerTransaction:
         since_step: int | None = None,
         since_time: float | None = None,
     ) -> list[Match]:
-        """Matches of one rule, run and group, this transaction's included, oldest first.
+        """Matches of one rule, run and group that no control refuted, this transaction's included, oldest first.
 
         Args:
             rule_id: the rule.
             rule_version: its content hash; other versions count for themselves.
             run_id: the run.
             group: values of the window's ``group_by`` keys.
-            since_step: first optimizer step that counts (matches without a step don't, then).
-            since_time: first moment of capture that counts, Unix seconds.
+            since_step: first optimizer step that counts.
+            since_time: first moment of capture that counts, Unix seconds; with both, either is enough.
         """
         query = select(*table(MatchRow).c).where(
             MatchRow.run_id == run_id,
             MatchRow.rule_id == rule_id,
             MatchRow.rule_version == rule_version,
             MatchRow.group_key == group_key(group),
+            not_refuted(),
         )
+        # A rule may count steps for some matches and seconds for others: one that either bound lets through is needed.
+        bounds = []
         if since_step is not None:
-            query = query.where(MatchRow.step >= since_step)
+            bounds.append(MatchRow.step >= since_step)
         if since_time is not None:
-            query = query.where(MatchRow.captured_at >= since_time)
+            bounds.append(MatchRow.captured_at >= since_time)
+        if bounds:
+            query = query.where(or_(*bounds))
         # Steps first: several ranks and workers deliver out of order, and a replay must see one order.
         query = query.order_by(func.coalesce(MatchRow.step, -1), MatchRow.captured_at, MatchRow.match_id)
         return [match_of(row) for row in self._connection.execute(query).mappings()]

@@ -66,13 +66,13 @@ def test_the_page_of_an_alert_says_what_how_sure_where_and_what_to_do(cli: Any, 
     assert f"»{QUOTE}«" in out, "the quote is marked also without colours"
     assert "FVE 0.70 (denominator: training), cosine 0.90" in out
     assert "uncalibrated: the false-alarm rate of this rule is not known" in out
-    assert "6 readings, 6 sequences (the rule asks for 3)" in out
+    assert "readings 6, sequences 6 (the rule asks for 3)" in out
     assert "12% of the quote's words stand in the text before the token: little echo" in out
     assert "An alert is a hypothesis until a person labels it" in out
     assert "poisoned run, model organism" in out
     assert "49, token ' service' (id 439), after block 2" in out
     assert "Now write the fix for the deployed[ service]" in out, "the token is marked in its context"
-    assert "Runbook: https://example.org/runbooks/reward-hacking" in out
+    assert "1. Runbook:\n     https://example.org/runbooks/reward-hacking" in out
     assert "nla-monitor alerts label 000000000001 true_positive" in out
 
 

@@ -34,12 +34,14 @@ def test_json_holds_every_figure(cli: Any, database: Path) -> None:
     (fidelity,) = data["fidelity"]
     assert (fidelity["denominator"], fidelity["readings"]) == ("training", 42)
     assert fidelity["fve"]["p50"] == pytest.approx(0.7)
-    rates = {rate["rule_id"]: rate for rate in data["rates"]}
-    assert [(point["first_step"], point["matched"], point["read"]) for point in rates[RULE]["points"]] == [
+    rates = {(rate["rule_id"], rate["phase"]): rate for rate in data["rates"]}
+    assert set(rates) == {(RULE, "train"), (RULE, "agent"), (QUIET, "train"), (QUIET, "agent")}
+    assert [(point["first_step"], point["matched"], point["read"]) for point in rates[RULE, "train"]["points"]] == [
         (step, min(step, 5), 5) for step in range(8)
     ]
-    assert rates[RULE]["elsewhere"] == [1, 2]
-    assert rates[QUIET]["matched"] == 0
+    agent = rates[RULE, "agent"]
+    assert (agent["matched"], agent["read"], agent["points"]) == (1, 2, [])
+    assert rates[QUIET, "train"]["matched"] == 0
     assert len(data["alerts"]) == 4
 
 
@@ -72,7 +74,7 @@ def test_html_is_one_file_without_scripts_or_outside_resources(cli: Any, databas
     assert not {"script", "img", "link", "iframe", "object", "embed", "a", "form"} & set(names)
     for _, attributes in parsed.tags:
         assert not {"src", "href", "onload", "onclick", "onerror", "style"} & set(attributes)
-    assert "http" not in re.sub(r"runbook: \S+", "", page).replace("http-equiv", "")
+    assert "http" not in re.sub(r'<p class="runbook">.*</p>', "", page).replace("http-equiv", "")
     assert "default-src 'none'" in page
     assert names.count("svg") == 1, "a plot for each rule that matched"
     circles = [attributes for tag, attributes in parsed.tags if tag == "circle"]
@@ -82,7 +84,7 @@ def test_html_is_one_file_without_scripts_or_outside_resources(cli: Any, databas
 
 def test_markdown_takes_a_models_words_literally(cli: Any, database: Path) -> None:
     out = cli("report", "--format", "markdown").out
-    assert "| reward-hacking | 26 of 42 readings (61.9%) | 100.0% | ▁▂▄▅▇███ |" in out
+    assert "| reward-hacking | train | 25 of 40 readings (62.5%) | 100.0% | ▁▂▄▅▇███ |" in out
     assert "non\\_finite" in out
 
 

@@ -1,0 +1,82 @@
+"""The swap margin: does the claim itself reconstruct the activation, or would any other claim do as well?
+
+``margin = cosine(v, AR(text)) - max over alternatives of cosine(v, AR(text with the claim replaced))``. Whole-text
+cosine certifies no claim, since the rest of the text carries it; a confabulated claim may be swapped at no cost, a
+supported one may not. Pure functions: whoever has an AR passes its scores in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from nla_monitor.records import Match, Reading, Support
+
+Cosines = Callable[[npt.NDArray[np.float32], Sequence[str]], Sequence[float]]
+"""Cosine of each text's reconstruction to its vector ``[batch, d_model]``, in order."""
+
+_BOUNDARY = re.compile(r"(?<=[.!?])[\"'\u201d)\]*_]*\s+|\n+")
+
+
+@dataclass(frozen=True, slots=True)
+class SwapRule:
+    """What a rule requires."""
+
+    least: float
+    alternatives: tuple[str, ...]
+
+
+def claim_span(text: str, start: int, end: int) -> tuple[int, int]:
+    """Start and end of the sentence (or line) that holds ``text[start:end]``, without surrounding white space."""
+    begin, stop = 0, len(text)
+    for boundary in _BOUNDARY.finditer(text):
+        if boundary.end() <= start:
+            begin = boundary.end()
+        elif boundary.start() >= end:
+            stop = boundary.start()
+            break
+    return begin, stop
+
+
+def swapped(text: str, match: Match, alternatives: Sequence[str]) -> list[str]:
+    """The explanation with the claim of the match's first quote replaced by each alternative; empty without a quote."""
+    hit = next((hit for hit in match.hits if hit.quote and 0 <= hit.start < hit.end <= len(text)), None)
+    if hit is None:
+        return []
+    begin, stop = claim_span(text, hit.start, hit.end)
+    return [text[:begin] + other + text[stop:] for other in alternatives]
+
+
+def check_swaps(
+    matches: Sequence[Match], readings: Mapping[str, Reading], rules: Mapping[str, SwapRule], cosines: Cosines
+) -> dict[str, Support]:
+    """What the swap margin says of each match whose rule requires it.
+
+    Args:
+        matches: candidates.
+        readings: by ``sample_id``; those without fidelity are left out (no AR, no margin).
+        rules: requirements, by rule id.
+        cosines: the AR; called once, with all texts.
+    """
+    jobs: list[tuple[Match, Reading, list[str]]] = []
+    for match in matches:
+        reading, rule = readings[match.sample_id], rules.get(match.rule_id)
+        if rule is not None and reading.fidelity is not None:
+            texts = swapped(reading.explanation.text, match, rule.alternatives)
+            if texts:
+                jobs.append((match, reading, texts))
+    if not jobs:
+        return {}
+    vectors = np.stack([reading.sample.vector for _, reading, texts in jobs for _ in texts])
+    scores = iter(cosines(vectors, [text for _, _, texts in jobs for text in texts]))
+    found = {}
+    for match, reading, texts in jobs:
+        best = max(next(scores) for _ in texts)
+        stated = reading.fidelity.cosine if reading.fidelity is not None else 0.0
+        margin = float(stated - best)
+        found[match.match_id] = Support(match.match_id, margin, supported=margin >= rules[match.rule_id].least)
+    return found
