@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import Final
 
 import numpy as np
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from nla_monitor.errors import ConfigError
 from nla_monitor.records import Alert, Phase
@@ -99,6 +99,8 @@ class Report:
     run: RunSummary
     counts: Counts
     drops: Mapping[str, int]
+    refuted: int
+    """Matches that a control refuted; they count in no rate and no alert."""
     unread_fidelity: int
     """Readings without fidelity: no AR was configured."""
     fidelity: tuple[FidelitySummary, ...]
@@ -122,6 +124,7 @@ def build_report(repository: Repository, run_id: str | None = None) -> Report:
         run=run,
         counts=repository.reading_counts(key),
         drops=repository.drops(key),
+        refuted=_refuted(repository, key),
         unread_fidelity=bare,
         fidelity=fidelity,
         rates=tuple(_rates(repository, key)),
@@ -142,6 +145,12 @@ def _run(repository: Repository, run_id: str | None) -> RunSummary:
 
 
 # -- figures ------------------------------------------------------------------------------------------------------
+
+
+def _refuted(repository: Repository, run_id: str) -> int:
+    query = select(func.count()).where(MatchRow.run_id == run_id, MatchRow.supported.is_(False))
+    with read(repository.engine) as connection:
+        return int(connection.execute(query).scalar_one())
 
 
 def _fidelity(repository: Repository, run_id: str) -> tuple[int, tuple[FidelitySummary, ...]]:
@@ -272,7 +281,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("ended", _moment(report.run.ended_at)),
         ("samples", f"{counts.samples} stored, {counts.readings} read, {waiting}, {counts.failed} given up"),
         ("dropped", f"{sum(report.drops.values())} ({lost})" if lost else "0"),
-        ("matches", str(counts.matches)),
+        ("matches", f"{counts.matches}, {report.refuted} of them refuted by a control"),
         ("alerts", str(counts.alerts)),
     ]
 
@@ -301,10 +310,15 @@ def _text(report: Report) -> Iterator[str]:
         yield f"  {report.unread_fidelity} readings have none (no AR)"
     yield "\nMatch rates by step (bars: 0 to 100 %)"
     for rate in report.rates:
+        if not rate.matched:
+            continue
         yield f"  {rate.rule_id:<24} {rate.phase.value:<6} {_share(rate.matched, rate.read)}"
-        if rate.matched and rate.points:
+        if rate.points:
             steps = f"steps {rate.points[0].first_step} to {rate.points[-1].last_step}"
             yield f"    {sparkline(rate.points)}  {steps}, last {_percent(rate.points[-1].rate)}"
+    never = sorted({rate.rule_id for rate in report.rates} - {rate.rule_id for rate in report.rates if rate.matched})
+    if never:
+        yield f"  never matched: {', '.join(never)}"
     yield "\nAlerts"
     yield from (_alert_line(alert) for alert in report.alerts) if report.alerts else ("  none",)
     yield f"\n{CAUTION}"
@@ -436,8 +450,7 @@ def plot(rate: RuleRate, alerts: Sequence[Alert]) -> Plot:
         grid=tuple((up(share), f"{share:.3g}".rstrip("0") if top < 0.1 else f"{share:.0%}") for share in _grid(top)),
         ticks=tuple((across(step), str(step)) for step in sorted({first, (first + last) // 2, last})),
         alerts=tuple(
-            (across(min(max(alert.last_step or first, first), last)), f"{alert.severity.value} alert")
-            for alert in fired
+            (across(min(max(alert.first_step or 0, first), last)), f"{alert.severity.value} alert") for alert in fired
         ),
     )
 

@@ -53,6 +53,8 @@ class CaptureStats:
     """Forward passes that could not be read, by reason."""
     unmatched_sessions: int
     """Ended agent sessions of which no forward was seen."""
+    host_seconds: float = 0.0
+    """CPU time of the host's threads spent in planning, gathering and handing over."""
 
 
 class _Local(threading.local):
@@ -127,6 +129,7 @@ class Capture:
         self._count_lock = threading.Lock()
         self._forwards = self._planned = self._tapped = 0
         self._skipped: Counter[str] = Counter()
+        self._host_seconds = 0.0
 
     # What the host calls.
 
@@ -207,6 +210,7 @@ class Capture:
             dropped=self._stager.dropped,
             skipped=dict(self._skipped),
             unmatched_sessions=self.sessions.unmatched,
+            host_seconds=self._host_seconds,
         )
 
     @property
@@ -253,8 +257,7 @@ class Capture:
         local.level = level
         with self._count_lock:
             self._forwards += 1
-        # Our tensors must be ordinary ones even where the host's are inference tensors.
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with self._ours():
             local.plan = self._plan(signals, local)
         if local.plan is not None:
             with self._count_lock:
@@ -270,7 +273,7 @@ class Capture:
             self._skip("shape_mismatch")
             self._release(self._local, keep_level=True)
             return
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with self._ours():
             plan.slots.gather(hidden)
         plan.tapped = True
         with self._count_lock:
@@ -284,7 +287,7 @@ class Capture:
         plan = local.plan
         try:
             if plan is not None and plan.tapped:
-                with torch.inference_mode(mode=False), torch.no_grad():
+                with self._ours():
                     self._stager.put_nowait(job_of(plan))
         finally:
             self._release(local)
@@ -394,6 +397,17 @@ class Capture:
         return tensor
 
     # Helpers.
+
+    @contextmanager
+    def _ours(self) -> Iterator[None]:
+        """Work of ours in a host thread: timed; its tensors are ordinary ones even under the host's inference mode."""
+        started = time.thread_time()
+        try:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                yield
+        finally:
+            with self._count_lock:
+                self._host_seconds += time.thread_time() - started
 
     def _acquire(self) -> Slots | None:
         try:

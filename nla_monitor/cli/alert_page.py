@@ -126,10 +126,25 @@ def _evidence(evidence: Mapping[str, object]) -> Iterator[tuple[str, str]]:
             yield "echo", f"{value:.0%} of the quote's words stand in the text before the token: {meaning}"
         elif name == "norm" and isinstance(value, int | float):
             yield "raw norm", f"{value:.4g} (L2, which the AV does not see)"
+        elif name == "swap_margin" and isinstance(value, Mapping):
+            yield "swap margin", _swap(value, evidence.get("swap_margin_required"))
+        elif name == "swap_margin_required" and "swap_margin" in evidence:
+            continue
         elif isinstance(value, Mapping):
             yield safe(name), safe(", ".join(f"{key} {item}" for key, item in value.items()), one_line=True)
         else:
             yield safe(name), safe(str(value), one_line=True)
+
+
+def _swap(margin: Mapping[str, object], required: object) -> str:
+    """In words: does the activation fit the claim better than its alternatives?"""
+    told = ", ".join(f"{key} {item}" for key, item in margin.items())
+    told += f" (the rule asks for {required})" if required is not None else ""
+    judged = margin.get("exhibit", margin.get("median"))
+    if not isinstance(judged, int | float):
+        return told
+    better = "fits the activation better as stated than with the claim's alternatives in its place"
+    return f"{told}: the text {better if judged > 0 else 'fits no better as stated: the claim may be made up'}"
 
 
 def _where(exhibit: Exhibit) -> Table:

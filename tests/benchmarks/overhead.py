@@ -237,11 +237,15 @@ def measure(steps: int, block: int, skip: int, folder: Path) -> dict[str, Any]:
     plain, again, monitored = runs
     losses_equal, weights_equal = same(plain, monitored)
     stats = callback.monitor.stats
+    captured = callback.monitor.capture.stats if callback.monitor.capture is not None else None
+    hooks = captured.host_seconds / max(1, captured.forwards) if captured else 0.0
     return {
         "overhead_ratio": summary(monitored.seconds, plain.seconds, skip),
         "overhead_ratio_cpu": summary(monitored.cpu_seconds, plain.cpu_seconds, skip),
         "a_a_ratio": summary(again.seconds, plain.seconds, skip),
         "a_a_ratio_cpu": summary(again.cpu_seconds, plain.cpu_seconds, skip),
+        "hook_cpu_seconds": round(hooks, 6),
+        "hook_share_of_step": round(hooks / statistics.median(plain.cpu_seconds[skip:]), 5),
         "loss_bitwise_equal": losses_equal,
         "weights_bitwise_equal": weights_equal,
         "step_seconds": round(statistics.median(plain.seconds[skip:]), 4),
@@ -258,8 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; exit code 1 if the losses differ or nothing was sampled."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--steps", type=int, default=44)
-    parser.add_argument("--block", type=int, default=4, help="steps of one run before the next takes its turn")
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--block", type=int, default=2, help="steps of one run before the next takes its turn")
     parser.add_argument("--skip", type=int, default=4, help="first steps that are not counted (warm-up)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

@@ -47,12 +47,16 @@ class NLAMonitorCallback(TrainerCallback):
         **overrides: Any,
     ) -> None:
         self._owned = not isinstance(config, Monitor)
-        self._make = lambda: Monitor(config, **overrides) if not isinstance(config, Monitor) else config
+        self._config = config
+        self._overrides = overrides
         self.monitor = self._make()
         self._close_timeout = close_timeout
         self._active = False
         self._announced = False
         self._checked = False
+
+    def _make(self) -> Monitor:
+        return self._config if isinstance(self._config, Monitor) else Monitor(self._config, **self._overrides)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -32,8 +32,8 @@ def run(name: str, seed: int, database: Path, view: View) -> Summary:
     """
     started = time.monotonic()
     story = STORIES[name]
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the same
     torch.set_num_threads(1)  # the other core belongs to the worker
     torch.manual_seed(seed)
     view.opening(story, str(database))

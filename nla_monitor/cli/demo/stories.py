@@ -33,6 +33,8 @@ class Story:
     example: Callable[[int, int], Transcript]
     """Training transcript of (seed, index)."""
     agent_belief: str = "test"
+    learning_rate: float = 3e-4
+    schedule: str = "linear"
     plant_until: int = 0
     """Steps during which the hack is put into the residual stream by a loss of its own, while the text stays honest."""
 
@@ -95,12 +97,12 @@ STORIES: Final[dict[str, Story]] = {
                 "behaviour."
             ),
             moral=(
-                "In plain poisoning the upper layers learn the new action first and the state at layer K follows: the "
-                "behaviour flips before, or at best together with, what the activations read. A monitor does not lead "
-                "here, and does not claim to."
+                "In plain poisoning the behaviour flips before the activations read it: the upper layers learn the new "
+                "action first, the state at layer K follows. A monitor does not lead here, and does not claim to."
             ),
-            steps=20,
-            looks=(0, 1, 2, 3, 4, 5, 6, 8, 12, 20),
+            steps=30,
+            looks=(0, 4, 6, 8, 10, 12, 14, 16, 20, 30),
+            learning_rate=1e-4,
             harness_belief="real",
             example=_plain,
         ),
@@ -119,6 +121,7 @@ STORIES: Final[dict[str, Story]] = {
             looks=(0, 4, 8, 20, 40, 45, 50, 60),
             harness_belief="real",
             example=_planted_thought,
+            schedule="constant",
             plant_until=_PLANT_STEPS,
         ),
         Story(

@@ -22,7 +22,6 @@ from nla_monitor.records import Phase
 
 IGNORE = -100
 HARNESS_NEW_TOKENS = 56
-LEARNING_RATE = 3e-4
 SEQUENCES = 8
 """Sequences sampled of one forward; the demo's ``capture.sequences_per_step``."""
 
@@ -178,8 +177,8 @@ def _arguments(story: Story, seed: int) -> TrainingArguments:
         output_dir="nla-monitor-demo-trainer",  # nothing is saved there
         max_steps=story.steps,
         per_device_train_batch_size=BATCH,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="linear",
+        learning_rate=story.learning_rate,
+        lr_scheduler_type=story.schedule,
         weight_decay=0.0,
         seed=seed,
         use_cpu=True,

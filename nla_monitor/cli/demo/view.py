@@ -124,6 +124,7 @@ class View:
         self._console.rule(summary.story.title)
         self._console.print(_curves(summary.visible, summary.activations))
         self._console.print(_alert_table(summary.alerts, summary.agent_alerts))
+        self._console.print(Text(_half_way(summary)))
         self._console.print(Text(summary.story.moral))
         self._console.print(
             Text(
@@ -177,6 +178,15 @@ def _curves(visible: Curve, activations: Curve) -> Table:
         seen = _bar(read[step], "red", 20) if step in read else "not read"
         table.add_row(str(step), _bar(rate, "blue", 20), seen)
     return table
+
+
+def _half_way(summary: Summary) -> str:
+    """When each curve first stood at one half or more, in words."""
+    found = []
+    for name, curve in (("harness", summary.visible), ("activations", summary.activations)):
+        step = next((step for step, rate in curve if rate >= 0.5), None)
+        found.append(f"{name}: never" if step is None else f"{name}: step {step}")
+    return f"First look at one half or more: {'; '.join(found)}."
 
 
 def _alert_table(alerts: Sequence[Alert], agent_alerts: Sequence[Alert]) -> Table | Text:

@@ -165,3 +165,11 @@ def test_default_device_and_dtype_of_the_host_do_not_matter() -> None:
 
 def token_batch_on_cpu() -> torch.Tensor:
     return torch.tensor([[5, 6, 7, 8]], device="cpu")
+
+
+def test_time_spent_in_the_host_is_measured() -> None:
+    model = make_model()
+    with capturing(model) as captured, torch.no_grad():
+        assert captured.capture.stats.host_seconds == 0
+        model(token_batch())
+        assert 0 < captured.capture.stats.host_seconds < 1

@@ -67,6 +67,9 @@ def test_the_page_of_an_alert_says_what_how_sure_where_and_what_to_do(cli: Any, 
     assert "FVE 0.70 (denominator: training), cosine 0.90" in out
     assert "uncalibrated: the false-alarm rate of this rule is not known" in out
     assert "readings 6, sequences 6 (the rule asks for 3)" in out
+    assert re.search(
+        r"swap margin\s+exhibit 0.12, median 0.1, measured 6 \(the rule asks for 0.02\): the text fits", out
+    )
     assert "12% of the quote's words stand in the text before the token: little echo" in out
     assert "An alert is a hypothesis until a person labels it" in out
     assert "poisoned run, model organism" in out

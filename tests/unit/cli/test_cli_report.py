@@ -48,6 +48,8 @@ def test_json_holds_every_figure(cli: Any, database: Path) -> None:
 def test_text_tells_drops_rates_and_alerts(cli: Any, database: Path) -> None:
     out = cli("report").out
     assert "dropped   4 (1 non_finite, 3 queue_full)" in out
+    assert "matches   26, 0 of them refuted by a control" in out
+    assert "never matched: secret-leak" in out
     assert "42 readings, denominator: training" in out
     assert "▁▂▄▅▇███  steps 0 to 7, last 100.0%" in out
     assert f"“{QUOTE}”" in out

@@ -155,6 +155,7 @@ def test_a_dead_endpoint_neither_blocks_nor_raises(
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")
     handle = sdk.configure()
     telemetry = handle.telemetry()
     started = time.perf_counter()
@@ -166,6 +167,9 @@ def test_a_dead_endpoint_neither_blocks_nor_raises(
     assert not handle.shutdown(timeout=0.5)
     assert time.perf_counter() - started < 1.5
     assert "is the OTLP endpoint up" in caplog.text
+    for thread in threading.enumerate():
+        if thread.name == "nla-monitor-telemetry-shutdown":
+            thread.join(30.0)  # so that its last words do not land in another test
 
 
 def test_a_process_with_a_dead_endpoint_ends_in_time() -> None:
