@@ -12,17 +12,19 @@ import os
 import socket
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Final
 
 import numpy as np
+from sqlalchemy import Engine
 
-from nla_monitor.alerts import lifecycle
+from nla_monitor.alerts.judge import Clock, Judge
+from nla_monitor.alerts.lifecycle import Event
 from nla_monitor.alerts.sinks import LogSink, Sink, WebhookSink, drain
 from nla_monitor.config import MonitorConfig
-from nla_monitor.errors import ActivationError, StoreUnavailableError
+from nla_monitor.errors import ForeignDatabaseError, SchemaVersionError, StoreUnavailableError
 from nla_monitor.evidence import SwapRule, check_swaps, collect_evidence
 from nla_monitor.nla import load_reconstructor, load_verbalizer
 from nla_monitor.nla.base import Reconstructor, Verbalization, Verbalizer
@@ -35,11 +37,10 @@ from nla_monitor.records import (
     Fidelity,
     Match,
     Reading,
-    RuleHeader,
-    Scalar,
     StageFailure,
     Support,
     WindowVerdict,
+    uuid7,
 )
 from nla_monitor.rules import RuleSet, load_rules
 from nla_monitor.spool.sql import SqlSpool
@@ -49,6 +50,11 @@ from nla_monitor.store.transaction import WorkerTransaction
 from nla_monitor.telemetry import Telemetry
 
 logger = logging.getLogger("nla_monitor.worker")
+
+_LONGEST_PAUSE: Final = 30.0
+_LAST_PATIENCE: Final = 300.0
+"""Seconds for which a worker whose host is gone waits for a database that cannot be used."""
+_FAULTS_IN_A_ROW: Final = 5
 
 
 @dataclass(slots=True)
@@ -61,15 +67,7 @@ class _Batch:
     failures: list[StageFailure] = field(default_factory=list)
     matches: list[Match] = field(default_factory=list)
     supports: dict[str, Support] = field(default_factory=dict)
-    changed: list[tuple[Alert, str]] = field(default_factory=list)
-
-
-class _Clock(NamedTuple):
-    """How far a run has come, by its own readings: the same in a replay."""
-
-    run_id: str
-    step: int | None
-    now: float
+    changed: list[tuple[Alert, Event]] = field(default_factory=list)
 
 
 class Worker:
@@ -80,6 +78,7 @@ class Worker:
         verbalizer, reconstructor: ready-made halves; loaded from ``config.nla`` otherwise.
         telemetry: where spans and metrics go; the global OpenTelemetry providers otherwise.
         sinks: where fired and resolved alerts go, besides the database.
+        engine: the database, where the host's own must be shared (in memory); opened from ``config`` otherwise.
 
     Raises:
         NLAMonitorError: a checkpoint, rule or the database cannot be used (construction only).
@@ -93,12 +92,13 @@ class Worker:
         reconstructor: Reconstructor | None = None,
         telemetry: Telemetry | None = None,
         sinks: Sequence[Sink] | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.config = config
-        self.owner = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid7()[-12:]}"
         self.rules: RuleSet = load_rules(config.rules)
         self._swap_rules = _swap_rules(self.rules)
-        engine = open_engine(config.database)
+        engine = engine or open_engine(config.database)
         prepare(engine)
         self.repository = Repository(engine)
         self.repository.save_rules((rule.header, rule.spec.model_dump_json()) for rule in self.rules.rules)
@@ -114,21 +114,37 @@ class Worker:
     def run(self, stop: threading.Event, drain_and_stop: threading.Event | None = None) -> None:
         """Work until ``stop`` is set, or until the spool is empty once ``drain_and_stop`` is set.
 
-        A database that is locked, full or away is waited for; nothing is lost, since nothing was acknowledged.
+        A database that is locked, full or away is waited for; nothing is lost, since nothing was acknowledged. Only a
+        worker whose host is gone (``drain_and_stop``) gives up on it in the end, and leaves the rest to the next one.
+        Any other fault costs its batch (leased again later); several in a row end the worker.
+
+        Raises:
+            NLAMonitorError: the database is no longer one that this version can use.
+            Exception: what went wrong ``_FAULTS_IN_A_ROW`` times in a row.
         """
-        pause = self.config.worker.poll_seconds
+        pause, faults, away_since = self.config.worker.poll_seconds, 0, 0.0
         while not stop.is_set():
+            finishing = drain_and_stop is not None and drain_and_stop.is_set()
             try:
                 worked = self.run_once()
+                faults, away_since, pause = 0, 0.0, self.config.worker.poll_seconds
             except StoreUnavailableError as error:
+                worked, away_since = 0, away_since or time.monotonic()
+                if finishing and time.monotonic() - away_since > _LAST_PATIENCE:
+                    logger.error("store unavailable for too long; what is left stays in it: %s", error)  # noqa: TRY400 -- no fault of ours
+                    return
+                pause = min(pause * 2, _LONGEST_PAUSE)
                 logger.warning("store unavailable, trying again in %.1f s: %s", pause, error)
-                worked = 0
-                pause = min(pause * 2, 30.0)
-            else:
-                pause = self.config.worker.poll_seconds
+            except (SchemaVersionError, ForeignDatabaseError):
+                raise
+            except Exception:
+                worked, faults = 0, faults + 1
+                if faults >= _FAULTS_IN_A_ROW:
+                    raise
+                logger.exception("fault %d in a row; the batch is leased again when its lease runs out", faults)
             if worked:
                 continue
-            if drain_and_stop is not None and drain_and_stop.is_set() and self._empty():
+            if finishing and self._empty():
                 return
             stop.wait(pause)
 
@@ -152,7 +168,7 @@ class Worker:
         batch = _Batch(owner=self.owner, samples=lease.samples)
         self._read(batch)
         with self.telemetry.evaluate_span(len(batch.readings)):
-            batch.matches = self.rules.evaluate(batch.readings)
+            self._match(batch)
             batch.supports = self._check(batch)
         self._commit(batch)
         self._report(batch)
@@ -173,16 +189,17 @@ class Worker:
         samples = [batch.samples[row] for row in good]
         with self.telemetry.verbalize_span(samples, av_hash=self.verbalizer.content_hash):
             self._verbalize(batch, samples, np.stack([sample.vector for sample in samples]))
-        self.telemetry.verbalized(len(good), "ok", time.perf_counter() - started)
+        if batch.readings:
+            self.telemetry.verbalized(len(batch.readings), "ok", time.perf_counter() - started)
 
     def _verbalize(self, batch: _Batch, samples: Sequence[ActivationSample], vectors: np.ndarray) -> None:
-        """A batch that fails as a whole is tried again row by row, so that one poisonous row harms only itself."""
+        """A batch that fails as a whole is tried again in halves, so that one poisonous row harms only itself."""
         try:
             batch.readings += self._readings(samples, vectors)
-        except (RuntimeError, ActivationError) as error:
+        except Exception as error:  # whatever a model's libraries raise: it costs one sample, not the worker
             if len(samples) == 1:
-                text = f"{type(error).__name__}: {error}"
-                batch.failures.append(StageFailure(samples[0].sample_id, "verbalize", text, retryable=True))
+                logger.warning("sample %s cannot be read: %s", samples[0].sample_id, _said(error))
+                batch.failures.append(StageFailure(samples[0].sample_id, "verbalize", _said(error), retryable=True))
                 self.telemetry.verbalized(1, "error", 0.0)
                 return
             half = len(samples) // 2
@@ -217,20 +234,37 @@ class Worker:
             for sample, score in zip(samples, scores, strict=True)
         ]
 
-    # -- evidence on candidates ----------------------------------------------------------------------------------
+    # -- rules, and evidence on candidates -----------------------------------------------------------------------
+
+    def _match(self, batch: _Batch) -> None:
+        for reading in batch.readings:
+            try:
+                batch.matches += self.rules.evaluate([reading])
+            except Exception as error:
+                logger.exception("the rules cannot judge sample %s", reading.sample_id)
+                batch.failures.append(StageFailure(reading.sample_id, "evaluate", _said(error), retryable=False))
 
     def _check(self, batch: _Batch) -> dict[str, Support]:
         """The controls that the matched rules require; without an AR there are none, and the alert says so."""
         if self.reconstructor is None:
             return {}
-        ar = self.reconstructor
         readings = {reading.sample_id: reading for reading in batch.readings}
-        return check_swaps(
-            batch.matches,
-            readings,
-            self._swap_rules,
-            lambda vectors, texts: [score.cosine for score in ar.score(vectors, texts)],
-        )
+        try:
+            return check_swaps(batch.matches, readings, self._swap_rules, self._cosines)
+        except Exception:
+            logger.exception("a control failed on a batch; each match is tried alone")
+        supports: dict[str, Support] = {}
+        for match in batch.matches:
+            try:
+                supports |= check_swaps([match], readings, self._swap_rules, self._cosines)
+            except Exception:  # the match then counts without the control, and its alert says so
+                logger.exception("the swap margin of match %s cannot be measured", match.match_id)
+        return supports
+
+    def _cosines(self, vectors: np.ndarray, texts: Sequence[str]) -> list[float]:
+        if self.reconstructor is None:
+            return []
+        return [score.cosine for score in self.reconstructor.score(vectors, texts)]
 
     # -- one transaction -----------------------------------------------------------------------------------------
 
@@ -238,66 +272,37 @@ class Worker:
         runs = sorted({sample.run_id for sample in batch.samples})
         with self.repository.transaction(runs) as tx:
             owned = tx.still_owned(batch.owner, [sample.sample_id for sample in batch.samples])
-            batch.readings = [reading for reading in batch.readings if reading.sample_id in owned]
+            order = {sample.sample_id: place for place, sample in enumerate(batch.samples)}
+            batch.readings = sorted(
+                (reading for reading in batch.readings if reading.sample_id in owned),
+                key=lambda reading: order[reading.sample_id],
+            )
             batch.matches = [match for match in batch.matches if match.sample_id in owned]
             batch.failures = [failure for failure in batch.failures if failure.sample_id in owned]
+            clocks = {run_id: Clock(*tx.progress(run_id)) for run_id in runs}
             tx.add_readings(batch.readings)
             tx.add_matches(batch.matches, batch.supports)
             retrying = tx.add_failures(batch.failures, self.config.worker.max_attempts)
-            batch.changed = self._alerts(tx, runs, batch.matches)
+            batch.changed = [change for item in clocks.items() for change in self._judge(tx, batch, *item)]
             tx.ack(batch.owner, sorted(owned - retrying))
 
-    def _alerts(self, tx: WorkerTransaction, runs: Sequence[str], matches: Sequence[Match]) -> list[tuple[Alert, str]]:
-        changed: list[tuple[Alert, str]] = []
-        for run_id in runs:
-            clock = _Clock(run_id, *tx.progress(run_id))
-            for rule_id, group in _touched(run_id, matches, tx.firing_alerts(run_id)):
-                header = self.rules.headers.get(rule_id)
-                if header is not None:
-                    changed += self._window(tx, header, group, matches, clock)
-        return changed
+    def _judge(self, tx: WorkerTransaction, batch: _Batch, run_id: str, clock: Clock) -> list[tuple[Alert, Event]]:
+        readings = [reading for reading in batch.readings if reading.sample.run_id == run_id]
+        counting = [
+            match
+            for match in batch.matches
+            if match.run_id == run_id
+            and (match.match_id not in batch.supports or batch.supports[match.match_id].supported)
+        ]
+        return Judge(run_id, clock, self.rules, tx, partial(self._exhibit, tx)).run(readings, counting)
 
-    def _window(
-        self, tx: WorkerTransaction, header: RuleHeader, group: dict[str, Scalar], new: Sequence[Match], clock: _Clock
-    ) -> list[tuple[Alert, str]]:
-        """Judge one group at each moment at which the batch brought a match, so that batch sizes change nothing."""
-        key = lifecycle.fingerprint(header.rule_id, clock.run_id, group)
-        mine = [match for match in new if _fingerprint(match) == key]
-        moments = self.rules.moments(mine, step=clock.step, now=clock.now)
-        since_step, since_time = self.rules.window_start(header.rule_id, step=moments[0][0], now=moments[0][1])
-        stored = tx.window_matches(
-            header.rule_id, header.version, clock.run_id, group, since_step=since_step, since_time=since_time
-        )
-        changed: list[tuple[Alert, str]] = []
-        for step, now in moments:
-            verdict = self.rules.window(header.rule_id, stored, step=step, now=now)
-            changed += self._advance(tx, header, group, verdict, clock._replace(step=step, now=now))
-        return changed
-
-    def _advance(
-        self,
-        tx: WorkerTransaction,
-        header: RuleHeader,
-        group: dict[str, Scalar],
-        verdict: WindowVerdict,
-        clock: _Clock,
-    ) -> list[tuple[Alert, str]]:
-        current = tx.current_alert(lifecycle.fingerprint(header.rule_id, clock.run_id, group))
-        exhibit = _exhibit(tx, verdict.matches) if verdict.firing and current is None else None
-        transition = lifecycle.advance(
-            header,
-            group,
-            clock.run_id,
-            verdict,
-            current,
-            exhibit[0] if exhibit is not None else None,
-            step=clock.step,
-            now=clock.now,
-            evidence=self._evidence(tx, verdict, *exhibit) if exhibit is not None else {},
-        )
-        if transition.alert is None or transition.event is None:
-            return []
-        return [(tx.save_alert(transition.alert, verdict.matches, transition.event), transition.event)]
+    def _exhibit(self, tx: WorkerTransaction, verdict: WindowVerdict) -> tuple[Reading | None, dict[str, object]]:
+        """The match whose explanation reconstructs best, and what speaks for the alert; ties go to the earliest."""
+        found = [(reading, match) for match in verdict.matches if (reading := tx.reading(match.sample_id)) is not None]
+        if not found:
+            return None, {}
+        exhibit, match = max(found, key=lambda pair: pair[0].fidelity.cosine if pair[0].fidelity is not None else 0.0)
+        return exhibit, self._evidence(tx, verdict, exhibit, match)
 
     def _evidence(
         self, tx: WorkerTransaction, verdict: WindowVerdict, exhibit: Reading, match: Match
@@ -306,7 +311,8 @@ class Worker:
         evidence = collect_evidence(verdict, exhibit, match, margins)
         rule = self._swap_rules.get(match.rule_id)
         if rule is not None and not margins:
-            evidence["not_run"] = ["swap_margin: no AR is configured"]
+            why = "no AR is configured" if self.reconstructor is None else "it could not be measured"
+            evidence["not_run"] = [f"swap_margin: {why}"]
         elif rule is not None:
             evidence["swap_margin_required"] = rule.least
         return evidence
@@ -341,29 +347,10 @@ def _sinks(config: MonitorConfig) -> list[Sink]:
     return sinks
 
 
-def _touched(run_id: str, matches: Iterable[Match], firing: Iterable[Alert]) -> list[tuple[str, dict[str, Scalar]]]:
-    """Groups whose window may have changed: those with a new match, and those of firing alerts (they may resolve)."""
-    seen: dict[str, dict[str, dict[str, Scalar]]] = defaultdict(dict)
-    for rule_id, group in [
-        *((match.rule_id, match.group) for match in matches if match.run_id == run_id),
-        *((alert.rule_id, alert.group) for alert in firing),
-    ]:
-        seen[rule_id][lifecycle.fingerprint(rule_id, run_id, group)] = dict(group)
-    return [(rule_id, group) for rule_id in sorted(seen) for _, group in sorted(seen[rule_id].items())]
-
-
-def _fingerprint(match: Match) -> str:
-    return lifecycle.fingerprint(match.rule_id, match.run_id, match.group)
-
-
 def _swap_rules(rules: RuleSet) -> dict[str, SwapRule]:
     required = {rule.id: rule.spec.evidence.swap_margin for rule in rules.rules}
     return {key: SwapRule(swap.min, swap.alternatives) for key, swap in required.items() if swap is not None}
 
 
-def _exhibit(tx: WorkerTransaction, matches: Sequence[Match]) -> tuple[Reading, Match] | None:
-    """The match whose explanation reconstructs best, as the reading to show; ties go to the earliest."""
-    found = [(reading, match) for match in matches if (reading := tx.reading(match.sample_id)) is not None]
-    if not found:
-        return None
-    return max(found, key=lambda pair: pair[0].fidelity.cosine if pair[0].fidelity is not None else 0.0)
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

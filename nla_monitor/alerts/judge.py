@@ -1,0 +1,207 @@
+"""What a batch of readings does to a run's alerts: the same as its readings would do one by one.
+
+A batch is replayed reading by reading against a clock that the readings themselves drive. So its size changes nothing:
+an alert fires, goes on or resolves at the same reading, with the same matches, whether the next reading came in the
+same batch or an hour later.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from nla_monitor.alerts.lifecycle import Event, advance, fingerprint
+from nla_monitor.records import ActivationSample, Alert, Match, Reading, RuleHeader, Scalar, WindowVerdict
+
+Change = tuple[Alert, Event]
+"""An alert as stored, and what happened to it."""
+
+Exhibition = Callable[[WindowVerdict], tuple[Reading | None, Mapping[str, object]]]
+"""For a window about to fire: the reading to show, and the results of controls."""
+
+
+class _Windows(Protocol):
+    """What is needed of a set of rules."""
+
+    @property
+    def headers(self) -> Mapping[str, RuleHeader]: ...
+    def window_start(self, rule_id: str, *, step: int | None, now: float) -> tuple[int | None, float | None]: ...
+    def window(self, rule_id: str, matches: Sequence[Match], *, step: int | None, now: float) -> WindowVerdict: ...
+
+
+class _AlertStore(Protocol):
+    """What is needed of the store's transaction."""
+
+    def firing_alerts(self, run_id: str) -> list[Alert]: ...
+    def window_matches(
+        self,
+        rule_id: str,
+        rule_version: str,
+        run_id: str,
+        group: Mapping[str, Scalar],
+        *,
+        since_step: int | None = None,
+        since_time: float | None = None,
+    ) -> list[Match]: ...
+    def save_alert(self, alert: Alert, matches: Sequence[Match], event: Event) -> Alert: ...
+
+
+class Clock(NamedTuple):
+    """How far a run has come, by its own readings: the same in a replay."""
+
+    step: int | None
+    now: float
+
+    def after(self, sample: ActivationSample) -> Clock:
+        """The clock once this sample is read; it never goes back."""
+        step = max((step for step in (self.step, sample.step) if step is not None), default=None)
+        return Clock(step, max(self.now, sample.captured_at))
+
+
+@dataclass(slots=True)
+class _Condition:
+    """One rule and group of the run."""
+
+    header: RuleHeader
+    group: Mapping[str, Scalar]
+    current: Alert | None
+    matches: list[Match]
+    """Those that count: the stored ones, and the batch's as far as it is replayed."""
+    seen: dict[str, Match] = field(default_factory=dict)
+    """Matches that stood in a window of ``current`` and are not linked to it yet."""
+    unsaved: bool = False
+    """Whether ``current`` has changes that are not stored yet."""
+    late: bool = False
+    """Whether a match came after the last judgement."""
+
+
+class Judge:
+    """Judges one batch of one run, inside one transaction.
+
+    Args:
+        run_id: the run.
+        clock: how far the run was before the batch.
+        rules: windows and headers.
+        store: where alerts and matches are; the batch's matches may be stored already.
+        exhibition: what to show when an alert fires.
+    """
+
+    def __init__(self, run_id: str, clock: Clock, rules: _Windows, store: _AlertStore, exhibition: Exhibition) -> None:
+        self._run_id = run_id
+        self._clock = clock
+        self._rules = rules
+        self._store = store
+        self._exhibition = exhibition
+        self._conditions: dict[tuple[str, str], _Condition] = {}
+        self._changes: list[Change] = []
+
+    def run(self, readings: Sequence[Reading], matches: Iterable[Match]) -> list[Change]:
+        """Replay a batch.
+
+        A condition is judged when a match comes and, while its alert fires, when the clock moves. Between two moments
+        a match more never turns a window off, so that a firing one may wait for the end of the moment.
+
+        Args:
+            readings: of this run, in the order in which they were taken from the spool.
+            matches: theirs, without those that a control refuted.
+        """
+        by_sample: dict[str, list[Match]] = defaultdict(list)
+        for match in matches:
+            by_sample[match.sample_id].append(match)
+        self._load(readings, [match for found in by_sample.values() for match in found])
+        for reading in readings:
+            self._take(reading, by_sample.get(reading.sample_id, ()))
+        self._settle()
+        for _, condition in sorted(self._conditions.items(), key=lambda item: item[0]):
+            self._save(condition)
+        return self._changes
+
+    def _load(self, readings: Sequence[Reading], matches: Sequence[Match]) -> None:
+        firing = self._store.firing_alerts(self._run_id)
+        wanted = {self._key(alert.rule_id, alert.group): alert.group for alert in firing}
+        wanted |= {self._key(match.rule_id, match.group): match.group for match in matches}
+        current = {self._key(alert.rule_id, alert.group): alert for alert in firing}
+        known = {match.match_id for match in matches}
+        for key, group in wanted.items():
+            header = self._rules.headers.get(key[0])
+            if header is not None:  # else the rule was taken away since
+                stored = [one for one in self._stored(header, group, readings) if one.match_id not in known]
+                self._conditions[key] = _Condition(header, dict(group), current.get(key), stored)
+
+    def _stored(self, header: RuleHeader, group: Mapping[str, Scalar], readings: Sequence[Reading]) -> list[Match]:
+        """Matches that any moment of the batch may need."""
+        samples = [reading.sample for reading in readings]
+        steps = [step for step in (self._clock.step, *(sample.step for sample in samples)) if step is not None]
+        times = [time for time in (self._clock.now, *(sample.captured_at for sample in samples)) if time > 0.0]
+        first = min(times, default=0.0)
+        since_step, since_time = self._rules.window_start(header.rule_id, step=min(steps, default=None), now=first)
+        if since_time is None and since_step is not None:  # matches without a step are counted by time
+            _, since_time = self._rules.window_start(header.rule_id, step=None, now=first)
+        return self._store.window_matches(
+            header.rule_id, header.version, self._run_id, group, since_step=since_step, since_time=since_time
+        )
+
+    def _key(self, rule_id: str, group: Mapping[str, Scalar]) -> tuple[str, str]:
+        return rule_id, fingerprint(rule_id, self._run_id, group)
+
+    def _take(self, reading: Reading, matches: Sequence[Match]) -> None:
+        clock = self._clock.after(reading.sample)
+        moved = clock != self._clock
+        if moved:
+            self._settle()
+            self._clock = clock
+        new = {self._key(match.rule_id, match.group): match for match in matches}
+        for key, condition in sorted(self._conditions.items(), key=lambda item: item[0]):
+            match = new.get(key)
+            if match is not None:
+                condition.matches.append(match)
+            if match is not None and Clock(match.step, match.captured_at) != clock:
+                # It came late: first as things stood at its own moment.
+                self._judge(condition, Clock(match.step, match.captured_at))
+            if condition.current is not None and not moved:
+                condition.late = condition.late or match is not None
+            elif condition.current is not None or match is not None:
+                self._judge(condition, clock)
+
+    def _settle(self) -> None:
+        """Judge what came since the last judgement, at the moment that is about to end."""
+        for _, condition in sorted(self._conditions.items(), key=lambda item: item[0]):
+            if condition.late:
+                self._judge(condition, self._clock)
+
+    def _judge(self, condition: _Condition, clock: Clock) -> None:
+        condition.late = False
+        header, current = condition.header, condition.current
+        verdict = self._rules.window(header.rule_id, condition.matches, step=clock.step, now=clock.now)
+        fires = current is None and verdict.firing
+        exhibit, evidence = self._exhibition(verdict) if fires else (None, {})
+        alert, event = advance(
+            header,
+            condition.group,
+            self._run_id,
+            verdict,
+            current,
+            exhibit,
+            step=clock.step,
+            now=clock.now,
+            evidence=evidence,
+        )
+        if current is not None:
+            condition.seen |= {match.match_id: match for match in verdict.matches}
+        if alert is None or event is None:
+            return
+        if event == "updated":
+            # Stored once, at the end of the batch or with what comes next.
+            condition.current, condition.unsaved = alert, True
+            return
+        matches = [*condition.seen.values()] if event == "resolved" else verdict.matches
+        stored = self._store.save_alert(alert, matches, event)
+        condition.current, condition.unsaved, condition.seen = (stored if event == "fired" else None), False, {}
+        self._changes.append((stored, event))
+
+    def _save(self, condition: _Condition) -> None:
+        if condition.current is not None and condition.unsaved:
+            stored = self._store.save_alert(condition.current, [*condition.seen.values()], "updated")
+            self._changes.append((stored, "updated"))

@@ -1,0 +1,97 @@
+"""The README does what it says: its Python runs, its commands work, its config is valid, its two commands are CI's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nla_monitor.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TOOLS = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's Python blocks were run one after another, as a user would."""
+    folder = tmp_path_factory.mktemp("readme")
+    for index, code in enumerate(blocks("python")):
+        script = folder / f"block_{index}.py"
+        script.write_text(f"import torch\ntorch.set_num_threads(1)\n{code}", encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, str(script)], cwd=folder, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
+    return folder
+
+
+def test_python_blocks_run(workplace: Path) -> None:
+    """All Python of the README runs as it stands, and leaves the databases that it names."""
+    assert (workplace / "agent.db").is_file()
+    assert (workplace / "loop.db").is_file()
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("nla-monitor ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_work(workplace: Path, command: str) -> None:
+    """Each command of the README answers on the database that its Python blocks made."""
+    database = f"sqlite:///{workplace / 'agent.db'}"
+    environment = {**os.environ, "NLA_MONITOR_DATABASE": database, "NO_COLOR": "1"}
+    rules = workplace / "my-rules"
+    if not rules.exists():
+        shutil.copytree(ROOT / "nla_monitor" / "rules" / "packs" / "oversight", rules)
+    tool = str(TOOLS / "nla-monitor")
+    listed = subprocess.run(
+        [tool, "alerts", "list", "--json"], env=environment, capture_output=True, text=True, check=True
+    )
+    alert = json.loads(listed.stdout)[0]["alert_id"]
+    words = [tool if word == "nla-monitor" else alert if word == "ID" else word for word in shlex.split(command)]
+    done = subprocess.run(words, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_config_block_is_valid(workplace: Path) -> None:
+    """The YAML of the README is a config."""
+    (block,) = blocks("yaml")
+    file = workplace / "nla-monitor.yaml"
+    file.write_text(block, encoding="utf-8")
+    config = load_config(file)
+    assert config.alerts.stop_on == "critical"
+    assert config.capture.triggers == ("\n",)
+
+
+def test_links_lead_somewhere() -> None:
+    """Relative links of README and ARCHITECTURE name files that exist; so do the paths in the map."""
+    architecture = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", README + architecture):
+        assert (ROOT / target).exists(), target
+    table = architecture[architecture.index("## The map") : architecture.index("## Decisions")]
+    for path in re.findall(r"`((?:nla_monitor|integrations|migrations|\.ci)/[^`{]*)`", table):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_two_commands_are_what_ci_runs() -> None:
+    """CI installs and tests with the README's own commands."""
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    install, test = blocks("sh")[0].strip(), blocks("sh")[1].strip()
+    assert "pip install -c constraints.txt -e '.[dev]'" in install
+    assert "-c constraints.txt -e '.[dev]'" in ci
+    assert install.endswith("nla-monitor demo")
+    assert test in ci
