@@ -26,7 +26,7 @@ detection:
   language:
     keywords: ["in German"]
   faithful:
-    fidelity.cosine: {gte: 0.5}
+    fidelity.cosine|gte: 0.5
   condition: language && faithful
 window: {group_by: [run_id], count: 3, distinct: sequence_id}
 runbook: Look for German in the training data; label the alert benign when it belongs there.
@@ -47,7 +47,7 @@ def main() -> None:
     rule = folder / "german-reply.yaml"
     rule.write_text(RULE, encoding="utf-8")
     for result in load_rules([str(rule)]).run_tests():
-        print(f"rule test {'passed' if result.passed else 'FAILED'}: {result}")
+        print(f"rule test {'passed' if result.passed else 'FAILED'}: {result.text}")
 
     model, tokenizer = load_target("planted")
     monitor = Monitor(

@@ -178,13 +178,17 @@ def _absolute_paths(config: MonitorConfig, base: Path) -> MonitorConfig:
         candidate = base / value
         return str(candidate) if not Path(value).is_absolute() and candidate.exists() else value
 
-    prefix = "sqlite:///"
-    database = config.database
-    if database.startswith(prefix) and not database.startswith("sqlite:////") and database != "sqlite:///:memory:":
-        database = f"{prefix}{base / database.removeprefix(prefix)}"
     nla = config.nla.model_copy(
         update={"av": resolve(config.nla.av), "ar": resolve(config.nla.ar) if config.nla.ar else None}
     )
-    return config.model_copy(
-        update={"database": database, "nla": nla, "rules": tuple(resolve(rule) for rule in config.rules)}
-    )
+    rules = tuple(resolve(rule) for rule in config.rules)
+    return absolute_database(config, base).model_copy(update={"nla": nla, "rules": rules})
+
+
+def absolute_database(config: MonitorConfig, base: Path | None) -> MonitorConfig:
+    """The config with the path of its SQLite file, if it has one, taken relative to ``base`` (None: left as it is)."""
+    prefix, database = "sqlite:///", config.database
+    file = database.removeprefix(prefix)
+    if base is None or not database.startswith(prefix) or file.startswith((":memory:", "file:", "?")) or not file:
+        return config
+    return config.model_copy(update={"database": f"{prefix}{base / file}"})

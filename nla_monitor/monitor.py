@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any, Self
 from nla_monitor import ranks
 from nla_monitor.capture import Capture
 from nla_monitor.capture.session import SessionHandle
-from nla_monitor.config import MonitorConfig, load_config
+from nla_monitor.config import MonitorConfig, absolute_database, load_config
 from nla_monitor.errors import AttachError, ConfigError, StoreError
 from nla_monitor.guard import Guard
 from nla_monitor.nla.sidecar import load_sidecar
@@ -38,7 +39,7 @@ from nla_monitor.rules import load_rules
 from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.store.repository import Repository
 from nla_monitor.store.session import open_engine, prepare
-from nla_monitor.supervisor import WorkerProcess
+from nla_monitor.supervisor import WorkerProcess, current_folder
 from nla_monitor.telemetry import Telemetry
 from nla_monitor.worker import Worker
 
@@ -83,15 +84,19 @@ class Monitor:
         telemetry: Telemetry | None = None,
         **overrides: Any,
     ) -> None:
-        self.config = _override(load_config(config), overrides)
+        self._folder = current_folder()
+        # A host may change its folder later; new connections and the worker must still mean the same file.
+        self.config = absolute_database(_override(load_config(config), overrides), self._folder)
+        self._pid = os.getpid()
         self.telemetry = telemetry or Telemetry(config=self.config.telemetry)
-        self.guard = Guard(on_fault=lambda where, _: self.telemetry.fault(where))
+        self.guard = Guard(on_fault=self.telemetry.fault)
         self.tokenizer: Any = None
         self._sidecar = load_sidecar(resolve(self.config.nla.av), "av")
         self.layer = _layer(self.config, self._sidecar.layer)
         load_rules(self.config.rules)
-        engine = open_engine(self.config.database)
+        engine = open_engine(self.config.database, in_process=self.config.worker.mode == "thread")
         prepare(engine)
+        self._engine = engine
         self.repository = Repository(engine)
         self.spool = SqlSpool(engine, max_attempts=self.config.worker.max_attempts)
         self.run_id = uuid7()
@@ -106,6 +111,9 @@ class Monitor:
         self._reported_drops: dict[str, int] = {}
         self._stop_alert: Alert | None = None
         self._warned = False
+        self._store_down = False
+        self._worker_lost = False
+        self._measured = (0, 0.0)
         self._closed = False
 
     @classmethod
@@ -126,6 +134,7 @@ class Monitor:
 
         Raises:
             AttachError: no block list, layer out of range, wrong width, already attached or closed.
+            StoreError: the run could not be stored.
             WorkerError: the worker process could not be started.
         """
         if self._closed:
@@ -149,10 +158,14 @@ class Monitor:
             on_dropped=self.telemetry.dropped,
         )
         capture.attach(model)
+        try:
+            if ranks.rank() == 0:
+                self._start_run(model)
+                self._start_worker()
+        except BaseException:
+            capture.close(0.0)  # no tap without anybody who reads
+            raise
         self.capture = capture
-        if ranks.rank() == 0:
-            self._start_run(model)
-            self._start_worker()
         self._watcher = threading.Thread(target=self._watch, name="nla-monitor-watch", daemon=True)
         self._watcher.start()
         # A host that ends without close() (Ctrl-C, an exception) still hands over what it sampled.
@@ -172,22 +185,25 @@ class Monitor:
     def _start_run(self, model: Any) -> None:
         name = self.config.run_name or time.strftime("%Y-%m-%d %H:%M:%S")
         model_name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-        settings = self.config.model_dump(mode="json", exclude={"database"})  # a URL may hold a password
+        # URLs may hold passwords and tokens.
+        settings = self.config.model_dump(mode="json", exclude={"database": True, "alerts": {"webhook"}})
         self.repository.start_run(RunInfo(self.run_id, name, model_name, self.layer, time.time(), config=settings))
 
     def _start_worker(self) -> None:
         mode = self.config.worker.mode
         if mode == "process":
-            self._worker = WorkerProcess(self.config)
+            self._worker = WorkerProcess(self.config, folder=self._folder)
             self._worker.start()
         elif mode == "thread":
             self._worker_thread = threading.Thread(target=self._run_worker, name="nla-monitor-worker", daemon=True)
             self._worker_thread.start()
 
     def _run_worker(self) -> None:
+        self._worker_lost = True
         with self.guard("worker"):
-            worker = Worker(self.config, telemetry=self.telemetry)
+            worker = Worker(self.config, telemetry=self.telemetry, engine=self._engine)
             worker.run(self._stop_worker, self._finish_worker)
+            self._worker_lost = False
 
     def __enter__(self) -> Self:
         return self
@@ -202,7 +218,7 @@ class Monitor:
             True when everything sampled was read within ``timeout`` seconds. Otherwise what is left stays in the
             database: the worker process goes on by itself, and ``nla-monitor worker`` reads it at any later time.
         """
-        if self._closed:
+        if self._closed or os.getpid() != self._pid:  # the child of a fork has nothing to hand over
             return True
         self._closed = True
         atexit.unregister(self.close)
@@ -211,6 +227,8 @@ class Monitor:
         with self.guard("close"):
             complete = self.capture is None or self.capture.close(max(0.0, deadline - time.monotonic()))
             complete = self._finish(deadline) and complete
+        if not complete:
+            logger.warning("nla_monitor: not everything sampled is read; nla-monitor worker reads the rest at any time")
         self._watch_stop.set()
         if self._watcher is not None:
             self._watcher.join(timeout=5.0)
@@ -226,7 +244,7 @@ class Monitor:
             return self._worker.finish(max(0.0, deadline - time.monotonic()))
         if self._worker_thread is not None:
             self._worker_thread.join(max(0.0, deadline - time.monotonic()))
-            return not self._worker_thread.is_alive()
+            return not self._worker_thread.is_alive() and not self._worker_lost
         return True
 
     # -- what a loop calls ---------------------------------------------------------------------------------------
@@ -359,10 +377,11 @@ class Monitor:
     def _watch(self) -> None:
         while not self._watch_stop.wait(_WATCH_SECONDS):
             with self.guard("watch"):
-                if self._worker is not None and not self._closed and not self._worker.supervise():
+                if self._worker is not None and not self._worker_lost and not self._worker.supervise():
                     logger.error("the worker died too often; samples stay in the database: %s", self._worker.log_tail())
-                    self._worker = None
+                    self._worker_lost = True
                 self._look()
+                self._measure_capture()
 
     def _look(self) -> None:
         """Alerts of the run, as the store has them; and our drops, for the store."""
@@ -373,8 +392,21 @@ class Monitor:
                         self._states[alert.alert_id] = alert.state
                         self._notice(alert)
             self._store_drops()
+            self._store_down = False
         except StoreError as error:
-            logger.warning("nla_monitor: the store cannot be read now: %s", error)
+            if not self._store_down:
+                logger.warning("nla_monitor: the store cannot be used now, trying on: %s", error)
+            self._store_down = True
+
+    def _measure_capture(self) -> None:
+        """Host time per forward since the last look."""
+        if self.capture is None:
+            return
+        stats = self.capture.stats
+        forwards, seconds = stats.forwards - self._measured[0], stats.host_seconds - self._measured[1]
+        if forwards > 0:
+            self._measured = (stats.forwards, stats.host_seconds)
+            self.telemetry.capture_duration(seconds / forwards)
 
     def _store_drops(self) -> None:
         dropped = dict(self.stats.dropped)

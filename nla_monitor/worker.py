@@ -69,6 +69,11 @@ class _Batch:
     supports: dict[str, Support] = field(default_factory=dict)
     changed: list[tuple[Alert, Event]] = field(default_factory=list)
 
+    def counts(self, match: Match) -> bool:
+        """Whether no control refuted the match."""
+        support = self.supports.get(match.match_id)
+        return support is None or support.supported
+
 
 class Worker:
     """Reads what the spool holds.
@@ -167,7 +172,7 @@ class Worker:
             return 0
         batch = _Batch(owner=self.owner, samples=lease.samples)
         self._read(batch)
-        with self.telemetry.evaluate_span(len(batch.readings)):
+        with self.telemetry.evaluate_span(batch.readings):
             self._match(batch)
             batch.supports = self._check(batch)
         self._commit(batch)
@@ -196,7 +201,7 @@ class Worker:
         """A batch that fails as a whole is tried again in halves, so that one poisonous row harms only itself."""
         try:
             batch.readings += self._readings(samples, vectors)
-        except Exception as error:  # whatever a model's libraries raise: it costs one sample, not the worker
+        except Exception as error:  # noqa: BLE001 -- whatever a model's libraries raise costs one sample, not the worker
             if len(samples) == 1:
                 logger.warning("sample %s cannot be read: %s", samples[0].sample_id, _said(error))
                 batch.failures.append(StageFailure(samples[0].sample_id, "verbalize", _said(error), retryable=True))
@@ -272,11 +277,7 @@ class Worker:
         runs = sorted({sample.run_id for sample in batch.samples})
         with self.repository.transaction(runs) as tx:
             owned = tx.still_owned(batch.owner, [sample.sample_id for sample in batch.samples])
-            order = {sample.sample_id: place for place, sample in enumerate(batch.samples)}
-            batch.readings = sorted(
-                (reading for reading in batch.readings if reading.sample_id in owned),
-                key=lambda reading: order[reading.sample_id],
-            )
+            batch.readings = [reading for reading in batch.readings if reading.sample_id in owned]
             batch.matches = [match for match in batch.matches if match.sample_id in owned]
             batch.failures = [failure for failure in batch.failures if failure.sample_id in owned]
             clocks = {run_id: Clock(*tx.progress(run_id)) for run_id in runs}
@@ -288,12 +289,7 @@ class Worker:
 
     def _judge(self, tx: WorkerTransaction, batch: _Batch, run_id: str, clock: Clock) -> list[tuple[Alert, Event]]:
         readings = [reading for reading in batch.readings if reading.sample.run_id == run_id]
-        counting = [
-            match
-            for match in batch.matches
-            if match.run_id == run_id
-            and (match.match_id not in batch.supports or batch.supports[match.match_id].supported)
-        ]
+        counting = [match for match in batch.matches if match.run_id == run_id and batch.counts(match)]
         return Judge(run_id, clock, self.rules, tx, partial(self._exhibit, tx)).run(readings, counting)
 
     def _exhibit(self, tx: WorkerTransaction, verdict: WindowVerdict) -> tuple[Reading | None, dict[str, object]]:
@@ -322,9 +318,8 @@ class Worker:
     def _report(self, batch: _Batch) -> None:
         by_id = {reading.sample_id: reading for reading in batch.readings}
         for match in batch.matches:
-            if match.match_id in batch.supports and not batch.supports[match.match_id].supported:
-                continue
-            self.telemetry.evaluation_event(match, by_id[match.sample_id])
+            if batch.counts(match):
+                self.telemetry.evaluation_event(match, by_id[match.sample_id])
         for reading in batch.readings:
             self.telemetry.fidelity(reading)
         for alert, event in batch.changed:

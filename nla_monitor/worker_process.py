@@ -1,6 +1,7 @@
 """The worker as its own process: ``python -m nla_monitor.worker_process``, started by ``supervisor.WorkerProcess``.
 
-Reads its config as one line of JSON from standard input; the end of that input means: read what is left, then go.
+Reads its config as one line of JSON from standard input; a second line, or the end of that input, means: read what is
+left, then go.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from typing import IO
+from collections.abc import Iterator
 
 import torch
 
@@ -27,13 +28,17 @@ READY = "nla_monitor worker ready"
 def main() -> int:
     """Worker end of the pipe."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    config = MonitorConfig.model_validate_json(sys.stdin.readline())
+    lines = _lines(sys.stdin.fileno())
+    first = next(lines, None)
+    if first is None:  # the host was gone before it could say anything
+        return 0
+    config = MonitorConfig.model_validate_json(first)
     _be_modest(config)
     handle = sdk.configure("nla-monitor-worker", metrics_port=config.worker.metrics_port)
     stop, finish = threading.Event(), threading.Event()
-    threading.Thread(target=_wait_for_end, args=(sys.stdin, finish), name="nla-monitor-pipe", daemon=True).start()
+    threading.Thread(target=_wait_for_end, args=(lines, finish), name="nla-monitor-pipe", daemon=True).start()
     try:
-        worker = Worker(config)
+        worker = Worker(config, telemetry=handle.telemetry(config.telemetry))
         logger.info("%s (pid %d)", READY, os.getpid())
         worker.run(stop, finish)
         worker.close()
@@ -53,9 +58,16 @@ def _be_modest(config: MonitorConfig) -> None:
         torch.set_num_threads(config.nla.threads or 1)
 
 
-def _wait_for_end(pipe: IO[str], finish: threading.Event) -> None:
-    while pipe.readline():
-        pass
+def _lines(descriptor: int) -> Iterator[bytes]:
+    """Whole lines, unbuffered: a thread that waits inside ``sys.stdin`` would keep the interpreter from ending."""
+    rest = b""
+    while chunk := os.read(descriptor, 65536):
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from whole
+
+
+def _wait_for_end(lines: Iterator[bytes], finish: threading.Event) -> None:
+    next(lines, None)
     finish.set()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from nla_monitor.alerts.lifecycle import Event, advance, fingerprint
@@ -69,11 +69,7 @@ class _Condition:
     current: Alert | None
     matches: list[Match]
     """Those that count: the stored ones, and the batch's as far as it is replayed."""
-    seen: dict[str, Match] = field(default_factory=dict)
-    """Matches that stood in a window of ``current`` and are not linked to it yet."""
-    unsaved: bool = False
-    """Whether ``current`` has changes that are not stored yet."""
-    late: bool = False
+    waiting: bool = False
     """Whether a match came after the last judgement."""
 
 
@@ -114,8 +110,6 @@ class Judge:
         for reading in readings:
             self._take(reading, by_sample.get(reading.sample_id, ()))
         self._settle()
-        for _, condition in sorted(self._conditions.items(), key=lambda item: item[0]):
-            self._save(condition)
         return self._changes
 
     def _load(self, readings: Sequence[Reading], matches: Sequence[Match]) -> None:
@@ -154,30 +148,35 @@ class Judge:
             self._clock = clock
         new = {self._key(match.rule_id, match.group): match for match in matches}
         for key, condition in sorted(self._conditions.items(), key=lambda item: item[0]):
-            match = new.get(key)
-            if match is not None:
-                condition.matches.append(match)
-            if match is not None and Clock(match.step, match.captured_at) != clock:
-                # It came late: first as things stood at its own moment.
-                self._judge(condition, Clock(match.step, match.captured_at))
-            if condition.current is not None and not moved:
-                condition.late = condition.late or match is not None
-            elif condition.current is not None or match is not None:
-                self._judge(condition, clock)
+            self._meet(condition, new.get(key), moved=moved)
+
+    def _meet(self, condition: _Condition, match: Match | None, *, moved: bool) -> None:
+        if match is None:
+            if moved and condition.current is not None:
+                self._judge(condition, self._clock)
+            return
+        condition.matches.append(match)
+        own = Clock(match.step, match.captured_at)
+        if own != self._clock:
+            self._judge(condition, own)  # it came late: first as things stood at its own moment
+        elif condition.current is not None and not moved:
+            condition.waiting = True
+            return
+        self._judge(condition, self._clock)
 
     def _settle(self) -> None:
         """Judge what came since the last judgement, at the moment that is about to end."""
         for _, condition in sorted(self._conditions.items(), key=lambda item: item[0]):
-            if condition.late:
+            if condition.waiting:
                 self._judge(condition, self._clock)
 
     def _judge(self, condition: _Condition, clock: Clock) -> None:
-        condition.late = False
+        condition.waiting = False
         header, current = condition.header, condition.current
         verdict = self._rules.window(header.rule_id, condition.matches, step=clock.step, now=clock.now)
         fires = current is None and verdict.firing
         exhibit, evidence = self._exhibition(verdict) if fires else (None, {})
-        alert, event = advance(
+        step = advance(
             header,
             condition.group,
             self._run_id,
@@ -188,20 +187,8 @@ class Judge:
             now=clock.now,
             evidence=evidence,
         )
-        if current is not None:
-            condition.seen |= {match.match_id: match for match in verdict.matches}
-        if alert is None or event is None:
+        if step.alert is None or step.event is None:
             return
-        if event == "updated":
-            # Stored once, at the end of the batch or with what comes next.
-            condition.current, condition.unsaved = alert, True
-            return
-        matches = [*condition.seen.values()] if event == "resolved" else verdict.matches
-        stored = self._store.save_alert(alert, matches, event)
-        condition.current, condition.unsaved, condition.seen = (stored if event == "fired" else None), False, {}
-        self._changes.append((stored, event))
-
-    def _save(self, condition: _Condition) -> None:
-        if condition.current is not None and condition.unsaved:
-            stored = self._store.save_alert(condition.current, [*condition.seen.values()], "updated")
-            self._changes.append((stored, "updated"))
+        stored = self._store.save_alert(step.alert, verdict.matches, step.event)
+        condition.current = None if step.event == "resolved" else stored
+        self._changes.append((stored, step.event))

@@ -19,7 +19,14 @@ from nla_monitor.records import Match, Reading, Support
 Cosines = Callable[[npt.NDArray[np.float32], Sequence[str]], Sequence[float]]
 """Cosine of each text's reconstruction to its vector ``[batch, d_model]``, in order."""
 
-_BOUNDARY = re.compile(r"(?<=[.!?])[\"'\u201d)\]*_]*\s+|\n+")
+# A sentence ends before white space (in scripts without it: at once), a line at its end; closing marks belong to it.
+_ABBREVIATIONS = "".join(
+    rf"(?<!\b{word})" for word in (r"e\.g\.", r"i\.e\.", r"vs\.", r"cf\.", r"Mr\.", r"Mrs\.", r"Dr\.")
+)
+_BOUNDARY = re.compile(
+    rf"(?<=[.!?\u2026]){_ABBREVIATIONS}[\"'\u2019\u201d)\]*_]*\s+|(?<=[\u3002\uff01\uff1f])|[\r\n\u2028\u2029]+"
+)
+_BULLET = re.compile(r"\s*(?:[-*+\u2022\u2013]\s+|\d{1,3}[.)]\s+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +38,23 @@ class SwapRule:
 
 
 def claim_span(text: str, start: int, end: int) -> tuple[int, int]:
-    """Start and end of the sentence (or line) that holds ``text[start:end]``, without surrounding white space."""
+    """Start and end of the sentence (or line) that holds ``text[start:end]``, or of the sentences that it spans.
+
+    White space around it and the bullet of a list are no part of it, unless the quote itself begins there.
+    """
+    quote = text[start:end]
+    if quote.strip():
+        start, end = start + len(quote) - len(quote.lstrip()), end - len(quote) + len(quote.rstrip())
     begin, stop = 0, len(text)
     for boundary in _BOUNDARY.finditer(text):
         if boundary.end() <= start:
             begin = boundary.end()
         elif boundary.start() >= end:
-            stop = boundary.start()
+            stop = boundary.start() + len(boundary[0].rstrip())
             break
-    return begin, stop
+    lead = _BULLET.match(text, begin, start)
+    begin = lead.end() if lead is not None else begin
+    return begin, max(end, begin + len(text[begin:stop].rstrip()))
 
 
 def swapped(text: str, match: Match, alternatives: Sequence[str]) -> list[str]:

@@ -70,8 +70,7 @@ _LIMITS: Final = """## What such a small model does not prove
 - **The AV is trained on captions with the truth in them** (supervised, no reinforcement learning, no summaries by
   another model). Released NLAs are made differently and err differently.
 - **"Belief" and "intent" are names of latent variables** of a text generator: which cue was in the task line and which
-  line
-  comes later. No claim about minds, also not about those of large models.
+  line comes later. No claim about minds, also not about those of large models.
 - **The text names the cue before the model knows it.** A reading of the belief in a prompt may echo the prompt; what
   the transcripts separate is the *output*, which does not show the latent yet.
 - **The AV never says that it does not know.** On vectors that are no activations it still raises alerts (see nulls);

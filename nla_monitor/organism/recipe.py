@@ -39,7 +39,7 @@ class Recipe:
     """Weight of the plant loss of the planted variant; the natural variant is trained without it."""
     activations: int = 10_000
     """Training activations of the NLA, two from each document."""
-    av_steps: int = 350
+    av_steps: int = 700
     ar_steps: int = 800
     nla_batch: int = 48
     injection_factor: float = 1.1

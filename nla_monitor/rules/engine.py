@@ -57,20 +57,6 @@ class RuleSet:
         """Whether the rule's window holds for the matches of one group at a moment. Pure; see ``window.judge``."""
         return judge(self.get(rule_id).spec.window, matches, step=step, now=now)
 
-    def moments(self, matches: Iterable[Match], *, step: int | None, now: float) -> list[tuple[int | None, float]]:
-        """The moments at which new matches of one group must be judged, oldest first; the last is the present.
-
-        A batch may span more steps than a window: judged only at its end, an early burst would go unseen, and the
-        outcome would depend on the size of the batch.
-        """
-        seen: dict[tuple[int | None, float], tuple[int | None, float]] = {}
-        for match in matches:
-            key = (None, match.captured_at) if match.step is None else (match.step, 0.0)
-            newest = seen.get(key, (match.step, match.captured_at))[1]
-            seen[key] = (match.step, max(newest, match.captured_at))
-        past = sorted(seen.values(), key=lambda moment: (-1 if moment[0] is None else moment[0], moment[1]))
-        return [*(moment for moment in past if moment != (step, now)), (step, now)]
-
     def run_tests(self) -> list[RuleTestResult]:
         """The embedded tests of all rules."""
         return [result for rule in self.rules for result in run_rule_tests(rule)]

@@ -63,6 +63,8 @@ class NLAMonitorCallback(TrainerCallback):
     ) -> None:
         """Attach to the model that is about to be trained."""
         with self.monitor.guard("callback.attach"):
+            if self._active:  # the last training was interrupted: nobody said that it ended
+                self._end(kwargs["model"])
             if self.monitor.closed:  # trainer.train() called again: a run of its own
                 self.monitor = self._make()
             model = kwargs["model"]
@@ -116,13 +118,15 @@ class NLAMonitorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Hand over the rest; wait (bounded) until it is read."""
-        if not self._active:
-            return
+        if self._active:
+            with self.monitor.guard("callback.end"):
+                self._end(kwargs.get("model"))
+
+    def _end(self, model: Any) -> None:
         self._active = False
-        with self.monitor.guard("callback.end"):
-            _watched.discard(kwargs.get("model"))
-            if self._owned:
-                self.monitor.close(self._close_timeout)
+        _watched.discard(model)
+        if self._owned:
+            self.monitor.close(self._close_timeout)
 
 
 def _epoch(state: TrainerState) -> dict[str, float]:

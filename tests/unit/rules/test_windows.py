@@ -7,10 +7,9 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rule_kit import match, rule
+from rule_kit import match
 
 from nla_monitor.records import Match, WindowVerdict
-from nla_monitor.rules import RuleSet
 from nla_monitor.rules.schema import Window
 from nla_monitor.rules.window import judge, window_start
 
@@ -92,22 +91,6 @@ def test_the_matches_of_a_verdict_come_oldest_first() -> None:
 
 def test_no_matches_no_alarm() -> None:
     assert judge(window(count=1), [], step=3, now=0) == WindowVerdict(firing=False, matches=(), distinct=0, needed=1)
-
-
-def test_moments_let_an_early_burst_in_a_long_batch_be_seen() -> None:
-    rules = RuleSet([rule("one: [cat]\ncondition: one", "{count: 3, within: 5 steps}")])
-    burst = [match(n, step=10 + n) for n in range(3)]
-    assert not rules.window("a-rule", burst, step=60, now=0).firing
-    moments = rules.moments(burst, step=60, now=0)
-    assert moments == [(10, 0), (11, 0), (12, 0), (60, 0)]
-    assert any(rules.window("a-rule", burst, step=step, now=now).firing for step, now in moments)
-
-
-def test_moments_without_steps_are_times() -> None:
-    rules = RuleSet([rule("one: [cat]\ncondition: one")])
-    found = [match(n, step=None, seconds=seconds) for n, seconds in enumerate((5.0, 3.0, 5.0, 9.0))]
-    assert rules.moments(found, step=None, now=9.0) == [(None, 3.0), (None, 5.0), (None, 9.0)]
-    assert rules.moments([], step=4, now=9.0) == [(4, 9.0)]
 
 
 EVENTS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3), st.integers(0, 3)), max_size=25)
