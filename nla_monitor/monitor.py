@@ -41,7 +41,7 @@ from nla_monitor.store.repository import Repository
 from nla_monitor.store.session import open_engine, prepare
 from nla_monitor.supervisor import WorkerProcess, current_folder
 from nla_monitor.telemetry import Telemetry
-from nla_monitor.worker import Worker
+from nla_monitor.worker import Worker, check_pair, sinks_of
 
 logger = logging.getLogger("nla_monitor")
 
@@ -91,9 +91,13 @@ class Monitor:
         self.telemetry = telemetry or Telemetry(config=self.config.telemetry)
         self.guard = Guard(on_fault=self.telemetry.fault)
         self.tokenizer: Any = None
-        self._sidecar = load_sidecar(resolve(self.config.nla.av), "av")
+        nla = self.config.nla
+        self._sidecar = load_sidecar(resolve(nla.av), "av", revision=nla.revision)
+        if nla.ar is not None:
+            check_pair(self._sidecar, load_sidecar(resolve(nla.ar), "ar", revision=nla.revision))
         self.layer = _layer(self.config, self._sidecar.layer)
         load_rules(self.config.rules)
+        sinks_of(self.config)
         engine = open_engine(self.config.database, in_process=self.config.worker.mode == "thread")
         prepare(engine)
         self._engine = engine
@@ -377,9 +381,8 @@ class Monitor:
     def _watch(self) -> None:
         while not self._watch_stop.wait(_WATCH_SECONDS):
             with self.guard("watch"):
-                if self._worker is not None and not self._worker_lost and not self._worker.supervise():
-                    logger.error("the worker died too often; samples stay in the database: %s", self._worker.log_tail())
-                    self._worker_lost = True
+                if self._worker is not None:
+                    self._worker.supervise()
                 self._look()
                 self._measure_capture()
 

@@ -27,6 +27,8 @@ logger = logging.getLogger("nla_monitor")
 MAX_RESTARTS: Final = 5
 """Restarts in a row. A process that lived for ``GOOD_LIFE_SECONDS`` starts the count anew: a run may last for weeks."""
 GOOD_LIFE_SECONDS: Final = 600.0
+EXIT_REFUSED: Final = 78
+"""Exit code (``EX_CONFIG``) of a worker that another start would not help: its log says what is wrong."""
 END: Final = "end"
 """Said before the pipe is closed: a child that the host forked may hold a copy of its end."""
 
@@ -53,6 +55,7 @@ class WorkerProcess:
         self._lock = threading.Lock()
         self._finishing = False
         self._in_a_row = 0
+        self._lost = False
         self._started = 0.0
         self.restarts = 0
         _supervisors.add(self)
@@ -93,18 +96,23 @@ class WorkerProcess:
         self._process.stdin.flush()
 
     def supervise(self) -> bool:
-        """Restart the process if it died; False when it died too often to be tried again.
+        """Restart the process if it died; False (and logged) when it died too often, or will not start at all.
 
         What it had leased is leased again when the lease runs out.
         """
         with self._lock:
             if self._finishing or self._process is None or self._process.poll() is None:
                 return True
-            return self._restart(self._process.returncode)
+            self._lost = self._lost or not self._restart(self._process.returncode)
+            return not self._lost
 
     def _restart(self, code: int) -> bool:
         self._in_a_row = 0 if time.monotonic() - self._started > GOOD_LIFE_SECONDS else self._in_a_row
+        if code == EXIT_REFUSED:
+            logger.error("nla_monitor: the worker cannot start; samples stay in the database: %s", self.log_tail(1))
+            return False
         if self._in_a_row >= MAX_RESTARTS:
+            logger.error("nla_monitor: the worker died too often; samples stay in the database: %s", self.log_tail())
             return False
         self._in_a_row += 1
         self.restarts += 1
@@ -139,8 +147,7 @@ class WorkerProcess:
                 return False
             if code == 0:
                 break
-            if not self._restart(code):
-                logger.error("the worker died too often; samples stay in the database: %s", self.log_tail())
+            if self._lost or not self._restart(code):
                 return False
         if self._own_log and self.log_path is not None:
             self.log_path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 from sqlalchemy import Engine
@@ -24,7 +24,7 @@ from nla_monitor.alerts.judge import Clock, Judge
 from nla_monitor.alerts.lifecycle import Event
 from nla_monitor.alerts.sinks import LogSink, Sink, WebhookSink, drain
 from nla_monitor.config import MonitorConfig
-from nla_monitor.errors import ForeignDatabaseError, SchemaVersionError, StoreUnavailableError
+from nla_monitor.errors import ConfigError, ForeignDatabaseError, SchemaVersionError, StoreUnavailableError
 from nla_monitor.evidence import SwapRule, check_swaps, collect_evidence
 from nla_monitor.nla import load_reconstructor, load_verbalizer
 from nla_monitor.nla.base import Reconstructor, Verbalization, Verbalizer
@@ -112,9 +112,11 @@ class Worker:
         self.reconstructor = reconstructor
         if reconstructor is None and verbalizer is None and config.nla.ar is not None:
             self.reconstructor = load_reconstructor(resolve(config.nla.ar), config.nla)
+        if self.reconstructor is not None:
+            check_pair(self.verbalizer, self.reconstructor)
         self.telemetry = telemetry or Telemetry(config=config.telemetry)
         self.telemetry.expect_rules(self.rules.headers.values())
-        self.sinks = list(sinks) if sinks is not None else _sinks(config)
+        self.sinks = list(sinks) if sinks is not None else sinks_of(config)
 
     def run(self, stop: threading.Event, drain_and_stop: threading.Event | None = None) -> None:
         """Work until ``stop`` is set, or until the spool is empty once ``drain_and_stop`` is set.
@@ -335,7 +337,32 @@ class Worker:
         self.repository.dispose()
 
 
-def _sinks(config: MonitorConfig) -> list[Sink]:
+class _Half(Protocol):
+    """An AV or AR, or the sidecar of one."""
+
+    @property
+    def d_model(self) -> int: ...
+
+
+def check_pair(av: _Half, ar: _Half) -> None:
+    """Refuse an AV and an AR that are not of one NLA.
+
+    Raises:
+        ConfigError: they read vectors of different width, or from different layers.
+    """
+    if av.d_model != ar.d_model:
+        raise ConfigError(f"the AV reads d_model {av.d_model}, the AR {ar.d_model}: nla.av and nla.ar are no pair")
+    layers = getattr(av, "layer", None), getattr(ar, "layer", None)
+    if None not in layers and layers[0] != layers[1]:
+        raise ConfigError(f"the AV reads block {layers[0]}, the AR block {layers[1]}: nla.av and nla.ar are no pair")
+
+
+def sinks_of(config: MonitorConfig) -> list[Sink]:
+    """The sinks that a config names.
+
+    Raises:
+        ConfigError: the webhook is no http(s) URL.
+    """
     sinks: list[Sink] = [LogSink()]
     if config.alerts.webhook is not None:
         sinks.append(WebhookSink(config.alerts.webhook))

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import torch
 
 from nla_monitor.config import MonitorConfig
-from nla_monitor.errors import NLAMonitorError
+from nla_monitor.errors import NLAMonitorError, StoreUnavailableError
+from nla_monitor.supervisor import EXIT_REFUSED
 from nla_monitor.telemetry import sdk
 from nla_monitor.worker import Worker
 
@@ -42,9 +43,12 @@ def main() -> int:
         logger.info("%s (pid %d)", READY, os.getpid())
         worker.run(stop, finish)
         worker.close()
-    except NLAMonitorError:
-        logger.exception("worker cannot go on")
+    except StoreUnavailableError as error:
+        logger.error("%s", error)  # noqa: TRY400 -- no fault of ours
         return 1
+    except NLAMonitorError as error:
+        logger.error("%s", error)  # noqa: TRY400 -- a wrong config, checkpoint or database: the message says it all
+        return EXIT_REFUSED
     finally:
         handle.shutdown()
     return 0

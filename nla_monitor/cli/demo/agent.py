@@ -42,9 +42,8 @@ def run_episode(scene: Scene) -> Episode:
     )
 
     @tool
-    def workbench(call: str) -> str:
+    def workbench(call: str) -> str:  # noqa: ARG001 -- the schema that LangChain shows the model
         """Run one of the organism's tools; its answers depend on nothing."""
-        scene.view.note(f"tool call: {call}")
         return tool_result(rng)
 
     def act(task: str, config: RunnableConfig) -> list[BaseMessage]:

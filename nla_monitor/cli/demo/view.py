@@ -27,6 +27,9 @@ _STYLES = {
 }
 
 
+_PLACES = {"train": "training data", "eval": "ordinary prompts", "agent": "agent"}
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
     """Figures of a finished demo."""
@@ -138,7 +141,7 @@ class View:
         option = f"--database {summary.database}"
         for command in (
             f"nla-monitor alerts list {option}",
-            f"nla-monitor alerts show ID {option}",
+            f"nla-monitor alerts show {_newest(summary)} {option}",
             f"nla-monitor report --run {summary.run_id} --format html --output report.html {option}",
             "nla-monitor demo --story benign",
         ):
@@ -180,6 +183,11 @@ def _curves(visible: Curve, activations: Curve) -> Table:
     return table
 
 
+def _newest(summary: Summary) -> str:
+    alerts = [*summary.alerts, *summary.agent_alerts]
+    return alerts[-1].alert_id if alerts else "ID"
+
+
 def _half_way(summary: Summary) -> str:
     """When each curve first stood at one half or more, in words."""
     found = []
@@ -199,7 +207,7 @@ def _alert_table(alerts: Sequence[Alert], agent_alerts: Sequence[Alert]) -> Tabl
         table.add_row(
             escape(alert.rule_title),
             alert.severity.value,
-            "training" if alert.agent is None else "agent",
+            _PLACES.get(str(alert.group.get("phase")), "training"),
             "-" if alert.first_step is None or alert.agent is not None else f"step {alert.first_step}",
             "-" if alert.fve is None else f"{alert.fve:.2f}",
             alert.alert_id,

@@ -239,8 +239,7 @@ def test_ids_beyond_the_embedding_are_caught(damaged: Copy) -> None:
 def test_loading_leaves_the_hosts_logging_alone(checkpoints: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     load_verbalizer(checkpoints / "qwen2/av", CONFIG)
-    assert logging.get_verbosity() == before
-    assert logging.is_progress_bar_enabled()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     assert capfd.readouterr() == ("", "")
