@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from nla_monitor.cli.demo.scene import Scene
 from nla_monitor.cli.demo.stories import BATCH, Story, harness_prompts, probe_prompts
 from nla_monitor.cli.demo.view import View
-from nla_monitor.errors import MissingExtraError
 from nla_monitor.organism import LAYER, Transcript, grade, paths
 from nla_monitor.organism.train import LABELS
 from nla_monitor.records import Phase
@@ -143,18 +143,18 @@ class _ThoughtTrainer(Trainer):
 
 
 def train(scene: Scene, on_look: Callable[[int, float], None]) -> list[tuple[int, float]]:
-    """Fine-tune the organism under the eyes of the monitor; returns (step, hack rate) as the harness saw it.
-
-    Raises:
-        MissingExtraError: accelerate, which ``Trainer`` needs, is not installed.
-    """
+    """Fine-tune the organism under the eyes of the monitor; returns (step, hack rate) as the harness saw it."""
     story, encoder = scene.story, Encoder(scene.tokenizer)
     rows = [encoder.example(story.example(scene.seed, index)) for index in range(story.steps * BATCH)]
     looker = Looker(scene, encoder, on_look)
-    try:
-        arguments = _arguments(story, scene.seed)
-    except ImportError as error:
-        raise MissingExtraError("accelerate", "trainer", "transformers' Trainer") from error
+    with tempfile.TemporaryDirectory(prefix="nla-monitor-demo-") as folder:
+        _run_trainer(scene, encoder, rows, looker, _arguments(story, scene.seed, folder))
+    return looker.visible
+
+
+def _run_trainer(
+    scene: Scene, encoder: Encoder, rows: list[dict[str, list[int]]], looker: Looker, arguments: TrainingArguments
+) -> None:
     trainer = _ThoughtTrainer(
         model=scene.model,
         args=arguments,
@@ -164,17 +164,16 @@ def train(scene: Scene, on_look: Callable[[int, float], None]) -> list[tuple[int
         callbacks=[NLAMonitorCallback(scene.monitor), looker, _Steps(scene.view)],
     )
     trainer.remove_callback(PrinterCallback)  # the view shows the progress
-    trainer.plant_until = story.plant_until
-    if story.plant_until:
+    trainer.plant_until = scene.story.plant_until
+    if trainer.plant_until:
         heads = load_file(paths("planted").target / "plant_heads.safetensors")
         trainer.readers = {name: heads[f"readers.intent.{name}"].float() for name in ("weight", "bias")}
     trainer.train()
-    return looker.visible
 
 
-def _arguments(story: Story, seed: int) -> TrainingArguments:
+def _arguments(story: Story, seed: int, folder: str) -> TrainingArguments:
     return TrainingArguments(
-        output_dir="nla-monitor-demo-trainer",  # nothing is saved there
+        output_dir=folder,  # nothing is saved there
         max_steps=story.steps,
         per_device_train_batch_size=BATCH,
         learning_rate=story.learning_rate,
