@@ -16,13 +16,14 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, event, exc, text
 from sqlalchemy.engine import URL, make_url
 
-from nla_monitor.errors import ConfigError, MissingExtraError
+from nla_monitor.errors import ConfigError, MissingExtraError, StoreUnavailableError
 from nla_monitor.store.faults import mapped, shown
 
 logger = logging.getLogger("nla_monitor.store")
@@ -127,6 +128,8 @@ def _parse(url: str | URL) -> URL:
 
 def _sqlite(url: URL, read_only: bool, in_process: bool) -> Engine:
     arguments: dict[str, Any] = {"timeout": BUSY_SECONDS}
+    if url.database and Path(url.database).is_dir():
+        raise StoreUnavailableError(f"database {shown(url)} is a folder; name a file")
     if in_memory(url):
         if not in_process:
             raise ConfigError(
@@ -137,12 +140,18 @@ def _sqlite(url: URL, read_only: bool, in_process: bool) -> Engine:
         arguments["check_same_thread"] = False
         engine = _create(url, arguments, poolclass=QueuePool, pool_size=1, max_overflow=0, pool_timeout=BUSY_SECONDS)
     elif read_only:
-        file = url.set(database=f"file:{quote(url.database or '')}", query={**url.query, "mode": "ro", "uri": "true"})
-        engine = _create(file, arguments)
+        query = {**url.query, "mode": "ro", "uri": "true"} | _unchanging(Path(url.database or ""))
+        engine = _create(url.set(database=f"file:{quote(url.database or '')}", query=query), arguments)
     else:
         engine = _create(url, arguments)
     _listen(engine, read_only)
     return engine
+
+
+def _unchanging(file: Path) -> dict[str, str]:
+    """What lets a database on a read-only medium be read: in WAL mode SQLite would want to write beside it."""
+    wal = file.with_name(f"{file.name}-wal")
+    return {} if os.access(file.parent, os.W_OK) or wal.exists() else {"immutable": "1"}
 
 
 def _server(url: URL, read_only: bool) -> Engine:

@@ -114,7 +114,7 @@ def test_a_worker_killed_again_and_again_loses_and_doubles_nothing(tmp_path: Pat
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Repository]]:
     """A training run in a process of its own, and the database that it writes."""
-    (tmp_path / "m.json").write_text(json.dumps({**settings(tmp_path), "steps": 100_000}))
+    (tmp_path / "m.json").write_text(json.dumps({**settings(tmp_path), "steps": 400}))
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.acceptance.training_program", str(tmp_path / "m.json")],
         stdout=subprocess.PIPE,
@@ -134,9 +134,8 @@ def trained(process: subprocess.Popen[str], steps: int) -> int:
     """Wait for so many steps; the worker's process id."""
     assert process.stdout is not None
     for line in process.stdout:
-        said = json.loads(line)
-        if said["step"] >= steps:
-            return int(said["worker"])
+        if line.startswith('{"step"') and json.loads(line)["step"] >= steps:
+            return int(json.loads(line)["worker"])
     raise AssertionError(process.communicate()[1])
 
 
@@ -190,7 +189,7 @@ def test_training_again_after_an_interrupt_is_watched_again(tmp_path: Path) -> N
 
     class Keeps(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            kept.append(kwargs["model"])
+            kept.extend([kwargs["model"], kwargs["processing_class"]])
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, [watch, Keeps(), Interrupts()])
@@ -199,7 +198,7 @@ def test_training_again_after_an_interrupt_is_watched_again(tmp_path: Path) -> N
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     arguments = TrainingArguments(output_dir=str(tmp_path / "x"), report_to="none", use_cpu=True)
-    watch.on_train_begin(arguments, TrainerState(), TrainerControl(), model=kept[0])
+    watch.on_train_begin(arguments, TrainerState(), TrainerControl(), model=kept[0], processing_class=kept[1])
     second = watch.monitor
     assert first.closed
     assert second is not first
