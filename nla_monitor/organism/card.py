@@ -75,8 +75,8 @@ _LIMITS: Final = """## What such a small model does not prove
   the transcripts separate is the *output*, which does not show the latent yet.
 - **The AV never says that it does not know.** On vectors that are no activations it still raises alerts (see nulls);
   the gates, not the AV, hold these back. The limits of the gates were chosen after looking at organisms of this kind.
-- **The recipe was tuned on seed 0.** The lengths of AV and AR training were raised after seeing its figures on these same
-  held-out transcripts; the other seeds are other models and training data, read on the same held-out transcripts.
+- **The recipe was tuned on seed 0.** AV and AR training were made longer after seeing its figures on these
+  held-out transcripts; the other seeds are other models and training data, read on the same held-out ones.
 - Held-out tiers hold out transcripts, cue sentences and cue words of one grammar; none of them is another distribution.
 - Figures on {samples} transcripts a row: treat 1.000 as "at least {bound:.3f}" (95 %, rule of three).
 """
