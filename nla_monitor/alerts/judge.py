@@ -71,6 +71,8 @@ class _Condition:
     """Those that count: the stored ones, and the batch's as far as it is replayed."""
     waiting: bool = False
     """Whether a match came after the last judgement."""
+    unsaved: dict[str, Match] | None = None
+    """Matches that stood in windows of ``current`` since it was last stored; None: it is stored as it is."""
 
 
 class Judge:
@@ -110,6 +112,9 @@ class Judge:
         for reading in readings:
             self._take(reading, by_sample.get(reading.sample_id, ()))
         self._settle()
+        for _, condition in sorted(self._conditions.items(), key=lambda item: item[0]):
+            if condition.current is not None and condition.unsaved is not None:
+                self._save(condition, condition.current, (), "updated")
         return self._changes
 
     def _load(self, readings: Sequence[Reading], matches: Sequence[Match]) -> None:
@@ -156,7 +161,7 @@ class Judge:
                 self._judge(condition, self._clock)
             return
         condition.matches.append(match)
-        own = Clock(match.step, match.captured_at)
+        own = Clock(self._clock.step if match.step is None else match.step, match.captured_at)
         if own != self._clock:
             self._judge(condition, own)  # it came late: first as things stood at its own moment
         elif condition.current is not None and not moved:
@@ -189,6 +194,16 @@ class Judge:
         )
         if step.alert is None or step.event is None:
             return
-        stored = self._store.save_alert(step.alert, verdict.matches, step.event)
-        condition.current = None if step.event == "resolved" else stored
-        self._changes.append((stored, step.event))
+        if step.event == "updated":
+            # Stored once, with what comes next or at the end: a busy alert is updated at each of its matches.
+            condition.current = step.alert
+            condition.unsaved = (condition.unsaved or {}) | {match.match_id: match for match in verdict.matches}
+            return
+        self._save(condition, step.alert, verdict.matches, step.event)
+
+    def _save(self, condition: _Condition, alert: Alert, matches: Sequence[Match], event: Event) -> None:
+        linked = (condition.unsaved or {}) | {match.match_id: match for match in matches}
+        stored = self._store.save_alert(alert, [*linked.values()], event)
+        condition.current = None if event == "resolved" else stored
+        condition.unsaved = None
+        self._changes.append((stored, event))

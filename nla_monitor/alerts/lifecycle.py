@@ -80,8 +80,9 @@ def advance(  # noqa: PLR0917 -- the condition, its verdict and its alert, in th
     if _quiet(header, seen, step, now):
         resolved = dataclasses.replace(seen, state=AlertState.RESOLVED, resolved_at=now)
         return Transition(resolved, "resolved")
-    # Still held by keep_firing: worth storing only when a match came.
-    return Transition(seen, "updated" if seen != current else None)
+    # Still held by keep_firing: worth storing only when a newer match came.
+    newer = (seen.last_step, seen.updated_at) != (current.last_step, current.updated_at)
+    return Transition(seen if newer else current, "updated" if newer else None)
 
 
 def _opened(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, delete, func, insert, or_, select, update
 
 from nla_monitor.errors import StoreError
 from nla_monitor.records import Alert, AlertState, Match, Reading, Scalar, StageFailure, Support
@@ -137,7 +137,7 @@ class WorkerTransaction:
             run_id: the run.
             group: values of the window's ``group_by`` keys.
             since_step: first optimizer step that counts.
-            since_time: first moment of capture that counts, Unix seconds; with both, either is enough.
+            since_time: first moment of capture that counts, Unix seconds; with both, for matches without a step only.
         """
         query = select(*table(MatchRow).c).where(
             MatchRow.run_id == run_id,
@@ -146,14 +146,13 @@ class WorkerTransaction:
             MatchRow.group_key == group_key(group),
             not_refuted(),
         )
-        # A rule may count steps for some matches and seconds for others: one that either bound lets through is needed.
-        bounds = []
-        if since_step is not None:
-            bounds.append(MatchRow.step >= since_step)
-        if since_time is not None:
-            bounds.append(MatchRow.captured_at >= since_time)
-        if bounds:
-            query = query.where(or_(*bounds))
+        if since_step is not None and since_time is not None:
+            timed = and_(MatchRow.step.is_(None), MatchRow.captured_at >= since_time)
+            query = query.where(or_(MatchRow.step >= since_step, timed))
+        elif since_step is not None:
+            query = query.where(MatchRow.step >= since_step)
+        elif since_time is not None:
+            query = query.where(MatchRow.captured_at >= since_time)
         # Steps first: several ranks and workers deliver out of order, and a replay must see one order.
         query = query.order_by(func.coalesce(MatchRow.step, -1), MatchRow.captured_at, MatchRow.match_id)
         return [match_of(row) for row in self._connection.execute(query).mappings()]

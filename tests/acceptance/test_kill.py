@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,63 @@ def test_training_again_after_an_interrupt_is_watched_again(tmp_path: Path) -> N
     watch.on_train_end(arguments, TrainerState(), TrainerControl(), model=kept[0])
     assert second.closed
     assert_read_once(first.repository, first.stats.written + second.stats.written)
+
+
+def test_children_that_the_host_forks_neither_end_the_run_nor_hold_it_up(tmp_path: Path) -> None:
+    """A child that exits runs our exit handler, one that lives holds the host's end of every pipe (data loaders do)."""
+    monitor = Monitor(settings(tmp_path))
+    host = Host(monitor)
+    host.run(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads: what torch's data loaders do
+        gone, stays = os.fork(), -1
+        if gone == 0:
+            try:
+                monitor.step(99)
+                assert monitor.close()
+            finally:
+                os._exit(0)
+        os.waitpid(gone, 0)
+        assert not monitor.closed
+        run = monitor.repository.run(monitor.run_id)
+        assert run is not None
+        assert run.ended_at is None
+        stays = os.fork()
+        if stays == 0:
+            time.sleep(300)
+            os._exit(0)
+    try:
+        host.run(2)
+        started = time.monotonic()
+        assert monitor.close(240)
+        assert time.monotonic() - started < 120
+    finally:
+        os.kill(stays, signal.SIGKILL)
+        os.waitpid(stays, 0)
+    assert monitor.stats.worker_restarts == 0
+    assert_read_once(monitor.repository, monitor.stats.written)
+
+
+def test_a_host_without_temporary_files_home_or_folder_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths mean where the monitor was made; the worker's log may be lost, its work not."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("HOME")
+    monitor = Monitor({**settings(tmp_path), "database": "../m.db"})
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    (tmp_path / "here").rmdir()
+
+    def nowhere(*_: Any, **__: Any) -> Any:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.mkstemp", nowhere)
+    host = Host(monitor)
+    host.run(3)
+    assert monitor.close(240)
+    monkeypatch.chdir(tmp_path)
+    assert monitor.stats.written > 0
+    assert_read_once(Repository(open_engine(f"sqlite:///{tmp_path / 'm.db'}")), monitor.stats.written)

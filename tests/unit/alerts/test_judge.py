@@ -52,7 +52,11 @@ class Store:
             return (
                 (since_step is None and since_time is None)
                 or (since_step is not None and one.step is not None and one.step >= since_step)
-                or (since_time is not None and one.captured_at >= since_time)
+                or (
+                    since_time is not None
+                    and one.captured_at >= since_time
+                    and (since_step is None or one.step is None)
+                )
             )
 
         mine = (one for one in self.matches.values() if one.rule_id == rule_id and dict(one.group) == dict(group))
