@@ -25,7 +25,7 @@ from nla_monitor.alerts.lifecycle import Event
 from nla_monitor.alerts.sinks import LogSink, Sink, WebhookSink, drain
 from nla_monitor.config import MonitorConfig
 from nla_monitor.errors import ConfigError, ForeignDatabaseError, SchemaVersionError, StoreUnavailableError
-from nla_monitor.evidence import SwapRule, check_swaps, collect_evidence
+from nla_monitor.evidence import SwapRule, check_swaps, collect_evidence, recurred
 from nla_monitor.nla import load_reconstructor, load_verbalizer
 from nla_monitor.nla.base import Reconstructor, Verbalization, Verbalizer
 from nla_monitor.nla.injection import bad_rows
@@ -292,7 +292,8 @@ class Worker:
     def _judge(self, tx: WorkerTransaction, batch: _Batch, run_id: str, clock: Clock) -> list[tuple[Alert, Event]]:
         readings = [reading for reading in batch.readings if reading.sample.run_id == run_id]
         counting = [match for match in batch.matches if match.run_id == run_id and batch.counts(match)]
-        return Judge(run_id, clock, self.rules, tx, partial(self._exhibit, tx)).run(readings, counting)
+        judge = Judge(run_id, clock, self.rules, tx, exhibition=partial(self._exhibit, tx), refresh=recurred)
+        return judge.run(readings, counting)
 
     def _exhibit(self, tx: WorkerTransaction, verdict: WindowVerdict) -> tuple[Reading | None, dict[str, object]]:
         """The match whose explanation reconstructs best, and what speaks for the alert; ties go to the earliest."""

@@ -7,6 +7,7 @@ same batch or an hour later.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ Change = tuple[Alert, Event]
 
 Exhibition = Callable[[WindowVerdict], tuple[Reading | None, Mapping[str, object]]]
 """For a window about to fire: the reading to show, and the results of controls."""
+
+Refresh = Callable[[Mapping[str, object], WindowVerdict], Mapping[str, object]]
+"""The evidence of a firing alert, brought up to what its window shows now."""
 
 
 class _Windows(Protocol):
@@ -84,14 +88,25 @@ class Judge:
         rules: windows and headers.
         store: where alerts and matches are; the batch's matches may be stored already.
         exhibition: what to show when an alert fires.
+        refresh: what to say when it goes on.
     """
 
-    def __init__(self, run_id: str, clock: Clock, rules: _Windows, store: _AlertStore, exhibition: Exhibition) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        clock: Clock,
+        rules: _Windows,
+        store: _AlertStore,
+        *,
+        exhibition: Exhibition,
+        refresh: Refresh,
+    ) -> None:
         self._run_id = run_id
         self._clock = clock
         self._rules = rules
         self._store = store
         self._exhibition = exhibition
+        self._refresh = refresh
         self._conditions: dict[tuple[str, str], _Condition] = {}
         self._changes: list[Change] = []
 
@@ -196,7 +211,8 @@ class Judge:
             return
         if step.event == "updated":
             # Stored once, with what comes next or at the end: a busy alert is updated at each of its matches.
-            condition.current = step.alert
+            evidence = dict(self._refresh(step.alert.evidence, verdict))
+            condition.current = dataclasses.replace(step.alert, evidence=evidence)
             condition.unsaved = (condition.unsaved or {}) | {match.match_id: match for match in verdict.matches}
             return
         self._save(condition, step.alert, verdict.matches, step.event)

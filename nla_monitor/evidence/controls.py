@@ -67,6 +67,13 @@ def recurrence(matches: Sequence[Match]) -> dict[str, int]:
     }
 
 
+def recurred(evidence: Mapping[str, object], verdict: WindowVerdict) -> dict[str, object]:
+    """The evidence of a firing alert with the widest recurrence that its window has shown so far."""
+    before, now = evidence.get("recurrence"), recurrence(verdict.matches)
+    known = before if isinstance(before, Mapping) else {"needed": verdict.needed}
+    return {**evidence, "recurrence": {**known, **{key: max(count, known.get(key, 0)) for key, count in now.items()}}}
+
+
 def echo(quote: str, context: str | None) -> float | None:
     """Share of the quote's content words that the text up to the token already holds, 0 to 1.
 

@@ -161,7 +161,9 @@ def test_ctrl_c_stops_training_as_usual_and_hands_over(program: tuple[subprocess
     worker = trained(process, 4)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=240)
-    assert process.returncode == -signal.SIGINT
+    # 1 where a library compiled code at exit (SQLAlchemy does): CPython then forgets that it was a signal.
+    assert process.returncode in (-signal.SIGINT, 1), errors
+    assert "\nKeyboardInterrupt\n" in errors
     assert errors.count("Traceback (most recent call last)") == 1
     assert errors.strip().splitlines()[-1].startswith(("KeyboardInterrupt", "nla_monitor", "worker"))
     assert "Exception ignored" not in errors

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nla_monitor.alerts.judge import Change, Clock, Judge
+from nla_monitor.evidence import recurred
 from nla_monitor.records import ActivationSample, Alert, AlertState, Match, Scalar, WindowVerdict
 from nla_monitor.rules import RuleSet
 from nla_monitor.rules.loader import load_text
@@ -96,7 +97,7 @@ def judge(store: Store, rules: RuleSet, clock: Clock, readings: Any, matches: An
     def exhibition(verdict: WindowVerdict) -> tuple[Any, Mapping[str, object]]:
         return None, {"count": len(verdict.matches)}
 
-    return Judge("run-1", clock, rules, store, exhibition).run(readings, matches)
+    return Judge("run-1", clock, rules, store, exhibition=exhibition, refresh=recurred).run(readings, matches)
 
 
 def said(store: Store) -> Any:

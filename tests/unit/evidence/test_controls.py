@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nla_monitor.evidence import collect_evidence, echo, recurrence
+from nla_monitor.evidence import collect_evidence, echo, recurred, recurrence
 from nla_monitor.records import WindowVerdict
 from tests.store_support import match, reading, sample
 
@@ -48,6 +48,20 @@ def test_echo_is_a_share_or_nothing(quote: str, context: str | None) -> None:
     assert echo(quote, quote) in (None, 1.0)
     if found is not None and context is not None:
         assert (echo(quote, context + " " + quote) or 0.0) == 1.0
+
+
+def test_a_firing_alert_keeps_the_widest_recurrence_of_its_window() -> None:
+    one, two, three = sample(0), sample(4), sample(8)
+    wide = WindowVerdict(firing=True, matches=(match(one), match(two), match(three)), distinct=3, needed=2)
+    narrow = WindowVerdict(firing=True, matches=(match(three),), distinct=1, needed=2)
+    first = {"norm": 1.0, "recurrence": {**recurrence([match(one)]), "needed": 2}}
+    for verdicts in ((wide, narrow), (narrow, wide)):
+        found = first
+        for verdict in verdicts:
+            found = recurred(found, verdict)
+        widest = {"readings": 3, "sequences": 3, "positions": 3, "steps": 3, "needed": 2}
+        assert found == {"norm": 1.0, "recurrence": widest}
+    assert first["recurrence"] == {**recurrence([match(one)]), "needed": 2}
 
 
 def test_what_was_not_measured_is_absent() -> None:
