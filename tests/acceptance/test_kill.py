@@ -23,6 +23,7 @@ from nla_monitor.organism import keyed_rng, load_target, make_transcript
 from nla_monitor.store.engine import open_engine
 from nla_monitor.store.repository import Repository
 from tests.integration.training import train
+from tests.interrupts import listen_to_ctrl_c
 
 ROOT = Path(__file__).parents[2]
 CAPTURE = {"triggers": ["\n"], "tokens_per_sequence": 2, "sequences_per_step": 4}
@@ -123,6 +124,7 @@ def program(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Repository]
         text=True,
         cwd=ROOT,
         env={**os.environ, "NLA_MONITOR_STRICT": "0"},
+        preexec_fn=listen_to_ctrl_c,
     )
     try:
         yield process, Repository(open_engine(f"sqlite:///{tmp_path / 'm.db'}"))

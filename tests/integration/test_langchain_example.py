@@ -24,7 +24,7 @@ def test_the_example_runs_and_names_call_tool_position_and_quote(tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\d+ activations read, 0 dropped", done.stdout)
     assert "does not say that it is being evaluated" in done.stdout
-    assert re.search(r"exhibit: position \d+, “[^”]*being (tested|evaluated)[^”]*”", done.stdout)
+    assert re.search(r"exhibit: position \d+, “[^”]*(being (tested|evaluated)|an evaluation)[^”]*”", done.stdout)
     assert re.search(r"model call \d+ reading the result of \w+: run [0-9a-f-]{36}, positions \[\d+", done.stdout)
     assert re.search(r"model call 1: run", done.stdout)
 

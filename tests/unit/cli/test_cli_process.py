@@ -18,6 +18,7 @@ from nla_monitor import __version__
 from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.store.session import open_engine
 from tests.cli_support import sample
+from tests.interrupts import listen_to_ctrl_c
 
 COMMAND = [sys.executable, "-c", "from nla_monitor.cli import main; main()"]
 
@@ -110,7 +111,12 @@ def test_a_terminal_gets_colours_unless_no_color_is_set(database: Path) -> None:
 
 def start_worker(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*COMMAND, "worker", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [*COMMAND, "worker", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen_to_ctrl_c,
+        **options,
     )
 
 
@@ -197,7 +203,13 @@ def test_a_second_interrupt_ends_a_command_with_130(tmp_path: Path) -> None:
         f"sys.exit(run(['report', '--database', {str(tmp_path / 'x.db')!r}]))"
     )
     run("db", "upgrade", "--database", str(tmp_path / "x.db"))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen_to_ctrl_c,
+    )
     wait_for(process, "here")
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
