@@ -7,19 +7,14 @@ With ``NLA_MONITOR_STRICT=1`` (set by our tests) the guard re-raises, so that a 
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
-from typing import ParamSpec, TypeVar
 
 logger = logging.getLogger("nla_monitor")
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 STRICT_VARIABLE = "NLA_MONITOR_STRICT"
 
@@ -85,25 +80,8 @@ class Guard:
         """Run a block of ours; no ``Exception`` leaves it (``KeyboardInterrupt`` and ``SystemExit`` do)."""
         return _Guarded(self, where)
 
-    def wrap(self, where: str, default: R, function: Callable[P, R]) -> Callable[P, R]:
-        """``function`` that returns ``default`` instead of raising."""
-
-        @functools.wraps(function)
-        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self(where):
-                return function(*args, **kwargs)
-            return default
-
-        return guarded
-
     @property
     def faults(self) -> dict[str, int]:
         """Number of swallowed faults, by place."""
         with self._lock:
             return dict(self._faults)
-
-    @property
-    def last_fault(self) -> dict[str, str]:
-        """Text of the newest fault, by place."""
-        with self._lock:
-            return dict(self._last)

@@ -11,7 +11,6 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from nla_monitor.errors import AttachError
@@ -153,9 +152,3 @@ def _no_blocks(base: nn.Module, depth: int | None) -> str:
         f"attention child; found {', '.join(lists) or 'no ModuleList'}. Give a causal language model, or the submodule "
         "that holds one"
     )
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Device of the first parameter; CPU where there is none."""
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device

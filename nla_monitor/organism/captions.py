@@ -158,8 +158,3 @@ def alternatives(claim: Claim) -> list[str]:
 def swap(explanation: str, claim: Claim) -> list[str]:
     """The explanation with the claim replaced by each of its alternatives."""
     return [explanation[: claim.start] + other + explanation[claim.end :] for other in alternatives(claim)]
-
-
-def all_sentences() -> list[str]:
-    """Every claim sentence, for the tokenizer's training text."""
-    return list(_CLAIMS)
