@@ -228,14 +228,28 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """What the controls that a rule requires said of one match. A refuted match is kept, and counts in no window."""
+    """What the controls said of one match. A refuted match is kept, and counts in no window."""
 
     match_id: str
-    swap_margin: float
-    """AR cosine of the explanation as stated minus the best with the claim's alternatives in its place. Supported
-    claims stand well above 0, confabulated ones at or below it (measured: ``organism/CARD.md``)."""
     supported: bool
-    """Whether the margin reaches what the rule requires."""
+    """False: a control that the rule requires said no."""
+    controls: Mapping[str, float] = field(default_factory=dict)
+    """Results by name of the control (``swap_margin``, ``claim_probability``, ``echo``, ``agreement``, ``neighbours``,
+    ``ablation``, ``null_percentile``, ``norm``, ``prediction_echo``); what could not be measured is absent."""
+    failed: tuple[str, ...] = ()
+    """Required controls whose result is out of bounds."""
+    not_run: Mapping[str, str] = field(default_factory=dict)
+    """Controls that were wanted and could not be measured, with the reason."""
+    score: float | None = None
+    """The statistic that calibration ranks: see ``calibration.score`` of the rule."""
+
+    @property
+    def swap_margin(self) -> float | None:
+        """AR cosine of the explanation as stated minus the best with an alternative in the claim's place.
+
+        Supported claims stand well above 0, confabulated ones at or below it (measured: ``organism/CARD.md``).
+        """
+        return self.controls.get("swap_margin")
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,5 +93,7 @@ def check_swaps(
         best = max(next(scores) for _ in texts)
         stated = reading.fidelity.cosine if reading.fidelity is not None else 0.0
         margin = float(stated - best)
-        found[match.match_id] = Support(match.match_id, margin, supported=margin >= rules[match.rule_id].least)
+        supported = margin >= rules[match.rule_id].least
+        failed = () if supported else ("swap_margin",)
+        found[match.match_id] = Support(match.match_id, supported, {"swap_margin": margin}, failed, score=margin)
     return found

@@ -9,17 +9,20 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from nla_monitor.records import Phase, Scalar, Severity
+from nla_monitor.rules.calibration_schema import CalibrationSpec
+from nla_monitor.rules.evidence_schema import CONTROLS, Evidence
 from nla_monitor.rules.problems import nearest
+from nla_monitor.rules.section import Section, one_is_a_list
 
 ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MAX_COUNT: Final = 100_000
 MAX_STEPS: Final = 1_000_000_000
 MAX_SECONDS: Final = 10 * 365 * 86_400.0
-LOGIC: Final = ("id", "severity", "detection", "window", "exceptions", "evidence")
+LOGIC: Final = ("id", "severity", "detection", "window", "exceptions", "evidence", "calibration")
 """Keys that decide what matches and what fires; the version is the hash of these, so that prose may be corrected."""
 
 _UNITS: Final = {
@@ -36,10 +39,6 @@ _UNITS: Final = {
 }
 _PARTS: Final = re.compile(r"\s*(?:,|\band\b|\bor\b)\s*")
 _LEVELS: Final = {"informational": "info"}
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=False)
 
 
 def _span(value: object) -> object:
@@ -63,7 +62,7 @@ def _span(value: object) -> object:
     return found
 
 
-class Span(_Section):
+class Span(Section):
     """A length in training steps, in seconds, or both (steps where the run has them, seconds where it has none)."""
 
     steps: StrictInt | None = Field(None, ge=1, le=MAX_STEPS)
@@ -79,11 +78,7 @@ class Span(_Section):
 SpanField = Annotated[Span, BeforeValidator(_span)]
 
 
-def _one_is_a_list(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-class LogSource(_Section):
+class LogSource(Section):
     """Sigma's ``logsource``: what kind of record the rule reads."""
 
     product: Literal["nla"] = "nla"
@@ -91,7 +86,7 @@ class LogSource(_Section):
     service: str | None = None
 
 
-class Window(_Section):
+class Window(Section):
     """When matches make an alert: so many distinct ones, close enough together, for long enough."""
 
     group_by: tuple[str, ...] = ("run_id",)
@@ -104,22 +99,7 @@ class Window(_Section):
     keep_firing_for: SpanField | None = None
 
 
-class SwapMargin(_Section):
-    """The claim must reconstruct the activation better than what else could stand in its place."""
-
-    min: float = Field(0.02, ge=-2, le=2, description="least cosine lead over the best alternative")
-    alternatives: Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)] = Field(
-        min_length=1, max_length=32, description="sentences that replace the one with the quote"
-    )
-
-
-class Evidence(_Section):
-    """Controls that a match must pass before it counts; run on matches only."""
-
-    swap_margin: SwapMargin | None = None
-
-
-class ExceptionSpec(_Section):
+class ExceptionSpec(Section):
     """A known reason not to match: a CEL condition (``when``) or a selection."""
 
     reason: str | None = None
@@ -133,7 +113,7 @@ class ExceptionSpec(_Section):
         return self
 
 
-class AgentCase(_Section):
+class AgentCase(Section):
     """Agent context of a test reading."""
 
     agent_run_id: str = "agent-run"
@@ -146,7 +126,7 @@ class AgentCase(_Section):
     token_index: StrictInt | None = None
 
 
-class TestCase(_Section):
+class TestCase(Section):
     """A reading to test the rule on; everything but the text has a harmless default."""
 
     __test__ = False  # not a pytest class
@@ -182,14 +162,14 @@ def _text_is_a_case(value: object) -> object:
 CaseField = Annotated[TestCase, BeforeValidator(_text_is_a_case)]
 
 
-class Moment(_Section):
+class Moment(Section):
     """When a window test is judged."""
 
     step: StrictInt | None = Field(None, ge=0)
     seconds: float | None = Field(None, ge=0)
 
 
-class WindowCase(_Section):
+class WindowCase(Section):
     """A whole-window test: readings, and whether the alert fires."""
 
     readings: tuple[CaseField, ...] = Field(min_length=1, max_length=1000)
@@ -198,7 +178,7 @@ class WindowCase(_Section):
     note: str | None = None
 
 
-class Tests(_Section):
+class Tests(Section):
     """Embedded tests; a rule without them is refused."""
 
     positive: tuple[CaseField, ...] = Field(min_length=1)
@@ -222,10 +202,13 @@ def _condition_text(value: object) -> object:
     return {"when": value} if isinstance(value, str) else value
 
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(_one_is_a_list)]
+Response = Literal["log", "webhook", "tag", "stop"]
+"""``log``, ``webhook``: tell these sinks only. ``tag``: mark the agent's run. ``stop``: ask the trainer to stop."""
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(one_is_a_list)]
 
 
-class RuleSpec(_Section):
+class RuleSpec(Section):
     """One rule file, as written."""
 
     title: str = Field(min_length=1, max_length=256)
@@ -236,6 +219,10 @@ class RuleSpec(_Section):
     window: Window = Field(default_factory=Window)
     exceptions: tuple[Annotated[ExceptionSpec, BeforeValidator(_condition_text)], ...] = ()
     evidence: Evidence = Field(default_factory=Evidence)
+    calibration: CalibrationSpec | None = None
+    response: Annotated[tuple[Response, ...], BeforeValidator(one_is_a_list)] | None = Field(
+        None, description="what an alert of this rule may set off; by default what the config says for its severity"
+    )
     logsource: LogSource = Field(default_factory=LogSource)
     status: Literal["stable", "test", "experimental", "deprecated", "unsupported"] = "experimental"
     description: str | None = None
@@ -261,7 +248,8 @@ SECTIONS: Final[dict[tuple[str, ...], type[BaseModel]]] = {
     ("window", "keep_firing_for"): Span,
     ("exceptions",): ExceptionSpec,
     ("evidence",): Evidence,
-    ("evidence", "swap_margin"): SwapMargin,
+    **{("evidence", name): model for name, model in CONTROLS.items()},
+    ("calibration",): CalibrationSpec,
     ("tests",): Tests,
     ("tests", "positive"): TestCase,
     ("tests", "negative"): TestCase,

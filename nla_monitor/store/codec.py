@@ -210,7 +210,26 @@ def match_row(match: Match, support: Support | None = None) -> dict[str, Any]:
         "captured_at": match.captured_at,
         "swap_margin": support.swap_margin if support else None,
         "supported": support.supported if support else None,
+        "controls": _controls(support) if support else None,
+        "score": _finite(support.score) if support else None,
     }
+
+
+def _controls(support: Support) -> dict[str, Any]:
+    results = {name: _finite(value) for name, value in support.controls.items()}
+    return {"results": results, "failed": list(support.failed), "not_run": dict(support.not_run)}
+
+
+def support_of(row: Row) -> Support | None:
+    """What the controls said of the match of a row; None when none was run."""
+    if row["supported"] is None:
+        return None
+    kept = row["controls"] or {}
+    results = {name: value for name, value in (kept.get("results") or {}).items() if value is not None}
+    if row["swap_margin"] is not None:
+        results.setdefault("swap_margin", row["swap_margin"])
+    failed, not_run = tuple(kept.get("failed") or ()), dict(kept.get("not_run") or {})
+    return Support(row["match_id"], row["supported"], results, failed, not_run, row["score"])
 
 
 def match_of(row: Row) -> Match:

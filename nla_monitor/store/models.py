@@ -217,6 +217,10 @@ class MatchRow(Base):
     """Null: the rule asks for none, or there was no AR."""
     supported: Mapped[bool | None]
     """False: refuted by a control that the rule requires; such a match counts in no window."""
+    controls: Mapped[dict[str, Any] | None] = mapped_column(Document)
+    """``{"results": {name: number}, "failed": [name], "not_run": {name: why}}``; null: no control was run."""
+    score: Mapped[float | None]
+    """What calibration ranks; null: the rule is not calibrated, or it could not be measured."""
     created_at: Mapped[float]
 
 
@@ -290,6 +294,41 @@ class LabelRow(Base):
     triage: Mapped[str]
     who: Mapped[str]
     note: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[float]
+
+
+class CalibrationRow(Base):
+    """What ``rules calibrate`` found for one rule on a baseline: sorted statistics, and what follows from them."""
+
+    __tablename__ = "nla_calibrations"
+    __table_args__ = (Index(None, "rule_id", "rule_version", "set_name"),)
+
+    calibration_id: Mapped[str] = mapped_column(primary_key=True)
+    rule_id: Mapped[str]
+    rule_version: Mapped[str]
+    set_name: Mapped[str]
+    baseline_runs: Mapped[list[Any]] = mapped_column(Document)
+    av_hash: Mapped[str]
+    ar_hash: Mapped[str | None]
+    sequences: Mapped[int]
+    """How many benign sequences stand behind it."""
+    figures: Mapped[dict[str, Any]] = mapped_column(Document)
+    """Scores, thresholds, bounds, base rates and the reference of the drift test."""
+    created_at: Mapped[float]
+
+
+class JudgementRow(Base):
+    """What a judge (LLM) or classifier said of a text, so that a replay need not ask again and says the same."""
+
+    __tablename__ = "nla_judgements"
+
+    judgement_id: Mapped[str] = mapped_column(primary_key=True)
+    """Hash of the judge's definition and of the text."""
+    kind: Mapped[str]
+    verdict: Mapped[str]
+    score: Mapped[float | None]
+    quote: Mapped[str] = mapped_column(Text)
+    model: Mapped[str]
     created_at: Mapped[float]
 
 

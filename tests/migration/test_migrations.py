@@ -79,14 +79,14 @@ def next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Pretend that the package has one migration more, which rebuilds tables that others refer to."""
     folder = tmp_path / "migrations"
     shutil.copytree(migrations_folder(), folder)
-    (folder / "versions" / "0002_next.py").write_text(
+    (folder / "versions" / "9999_next.py").write_text(
         textwrap.dedent(
             """
             import sqlalchemy as sa
             from alembic import op
 
-            revision = "0002"
-            down_revision = "0001"
+            revision = "9999"
+            down_revision = "0002"
 
 
             def upgrade():
@@ -126,6 +126,10 @@ def test_the_migrations_make_what_the_models_say(engine: Engine) -> None:
     assert tables(engine) == OURS
 
 
+NEWEST = "0002"
+"""The newest revision that the package ships; ``next_version`` adds one after it."""
+
+
 def test_the_history_has_one_head_and_is_a_line() -> None:
     config = Config()
     config.set_main_option("script_location", str(migrations_folder()))
@@ -158,14 +162,14 @@ def test_everything_comes_down_with_data_inside_and_up_again(engine: Engine) -> 
 
 def test_data_survives_the_rebuild_of_tables_that_others_refer_to(engine: Engine, next_version: Path) -> None:
     """SQLite rebuilds by copying and dropping: with foreign keys on, that would delete readings, matches and labels."""
-    upgrade(engine, "0001")
+    upgrade(engine, NEWEST)
     before = fill(engine)
     upgrade(engine)
     with read(engine) as connection:
         assert connection.execute(text("SELECT count(raw_norm) FROM nla_samples")).scalar() == 6
         assert connection.execute(text("SELECT count(*) FROM nla_readings")).scalar() == 4
         assert connection.execute(text("SELECT count(*) FROM nla_alert_matches")).scalar() == 3
-    downgrade(engine, "0001")
+    downgrade(engine, NEWEST)
     assert contents(engine) == before
     assert difference(engine) == []
     if engine.dialect.name == "sqlite":
@@ -173,21 +177,32 @@ def test_data_survives_the_rebuild_of_tables_that_others_refer_to(engine: Engine
             assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
 
 
-def test_a_migration_that_fails_leaves_everything_as_it_was(engine: Engine, next_version: Path) -> None:
-    upgrade(engine, "0001")
+def test_matches_of_the_first_schema_stay_through_the_second_and_back(engine: Engine) -> None:
+    upgrade(engine)
     before = fill(engine)
-    script = next_version / "versions" / "0002_next.py"
+    downgrade(engine, "0001")
+    with read(engine) as connection:
+        assert connection.execute(text("SELECT count(*) FROM nla_matches")).scalar() == 3
+    upgrade(engine)
+    assert contents(engine) == before
+    assert difference(engine) == []
+
+
+def test_a_migration_that_fails_leaves_everything_as_it_was(engine: Engine, next_version: Path) -> None:
+    upgrade(engine, NEWEST)
+    before = fill(engine)
+    script = next_version / "versions" / "9999_next.py"
     script.write_text(script.read_text().replace("def downgrade", "    op.execute('nonsense')\n\n\ndef downgrade"))
     with pytest.raises(StoreError):
         upgrade(engine)
     assert contents(engine) == before
-    assert check(engine).current == "0001"
+    assert check(engine).current == NEWEST
 
 
 def test_a_migration_that_breaks_a_reference_is_undone(sqlite: Engine, next_version: Path) -> None:
-    upgrade(sqlite, "0001")
+    upgrade(sqlite, NEWEST)
     before = fill(sqlite)
-    script = next_version / "versions" / "0002_next.py"
+    script = next_version / "versions" / "9999_next.py"
     script.write_text(
         script.read_text().replace("def downgrade", "    op.execute('DELETE FROM nla_alerts')\n\n\ndef downgrade")
     )
@@ -197,13 +212,13 @@ def test_a_migration_that_breaks_a_reference_is_undone(sqlite: Engine, next_vers
 
 
 def test_an_older_schema_is_upgraded_in_a_file_and_refused_on_a_server(engine: Engine, next_version: Path) -> None:
-    upgrade(engine, "0001")
+    upgrade(engine, NEWEST)
     before = fill(engine)
-    with pytest.raises(SchemaVersionError, match=r"revision 0001\) is older.*nla-monitor db upgrade"):
+    with pytest.raises(SchemaVersionError, match=r"revision 0002\) is older.*nla-monitor db upgrade"):
         require(engine)
     if engine.dialect.name == "sqlite":
         prepare(engine)
-        assert check(engine).current == "0002"
+        assert check(engine).current == "9999"
     else:
         with pytest.raises(SchemaVersionError, match="nla-monitor db upgrade"):
             prepare(engine)
