@@ -117,10 +117,15 @@ def test_the_pack_is_what_it_says(pack: RuleSet) -> None:
     severities = {rule_id: header.severity for rule_id, header in pack.headers.items()}
     assert severities == {
         "concealment": Severity.HIGH,
+        "distress": Severity.MEDIUM,
         "evaluation-awareness": Severity.MEDIUM,
+        "power-seeking": Severity.CRITICAL,
+        "prompt-injection": Severity.CRITICAL,
         "reward-hacking": Severity.HIGH,
         "sabotage": Severity.CRITICAL,
+        "sandbagging": Severity.HIGH,
         "secret-leak": Severity.CRITICAL,
+        "sycophancy": Severity.MEDIUM,
     }
     for rule in pack.rules:
         assert len(rule.spec.tests.positive) >= 5
