@@ -8,7 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXTRAS = ("accelerate", "langchain_core", "prometheus_client", "psycopg", "langchain_huggingface")
+EXTRAS = (
+    "accelerate",
+    "langchain_core",
+    "prometheus_client",
+    "psycopg",
+    "langchain_huggingface",
+    "sentence_transformers",
+)
 TOOL = Path(sys.executable).parent / "nla-monitor"
 ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
 

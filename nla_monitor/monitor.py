@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from nla_monitor import ranks
+from nla_monitor.alerts.responses import Responses
 from nla_monitor.capture import Capture
 from nla_monitor.capture.session import SessionHandle
 from nla_monitor.config import MonitorConfig, absolute_database, load_config
@@ -96,7 +97,8 @@ class Monitor:
         if nla.ar is not None:
             check_pair(self._sidecar, load_sidecar(resolve(nla.ar), "ar", revision=nla.revision))
         self.layer = _layer(self.config, self._sidecar.layer)
-        load_rules(self.config.rules)
+        alerts = self.config.alerts
+        self._responses = Responses(load_rules(self.config.rules).headers, log=alerts.log, stop_on=alerts.stop_on)
         sinks_of(self.config)
         engine = open_engine(self.config.database, in_process=self.config.worker.mode == "thread")
         prepare(engine)
@@ -325,8 +327,17 @@ class Monitor:
 
     @property
     def stop_alert(self) -> Alert | None:
-        """The first alert at or above ``alerts.stop_on``, if there is one."""
+        """The first alert that asks to stop: at or above ``alerts.stop_on``, or of a rule with ``response: stop``."""
         return self._stop_alert
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether any alert could ask to stop."""
+        return self._responses.may_stop
+
+    def tags(self, agent_run_id: str | None = None) -> tuple[str, ...]:
+        """Ids of the rules with ``response: tag`` that fired, in order; only in one agent's run if given."""
+        return self._responses.tags(agent_run_id)
 
     def alerts(self) -> list[Alert]:
         """Alerts of this run, newest first.
@@ -420,16 +431,12 @@ class Monitor:
             self._reported_drops = dropped
 
     def _notice(self, alert: Alert) -> None:
-        if self.config.alerts.log:
+        if self._responses.logs(alert):
             logger.warning("%s", describe(alert))
-        stop_on = self.config.alerts.stop_on
-        if (
-            stop_on is not None
-            and self._stop_alert is None
-            and alert.state is AlertState.FIRING
-            and alert.severity.rank >= stop_on.rank
-        ):
-            self._stop_alert = alert
+        if alert.state is AlertState.FIRING:
+            self._responses.tag(alert)
+            if self._stop_alert is None and self._responses.stops(alert):
+                self._stop_alert = alert
         for listener in self._listeners:
             with self.guard("on_alert"):
                 listener(alert)

@@ -219,6 +219,9 @@ class Match:
     position: int
     sequence_id: str
     captured_at: float
+    unjudged: Mapping[str, str] = field(default_factory=dict)
+    """Selections that could not be looked at (no judge within reach, a probe for another layer), with the reason.
+    They counted as not met. Kept with the match's ``Support``, not with the match."""
 
     @property
     def quote(self) -> str:
@@ -253,6 +256,21 @@ class Support:
 
 
 @dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a judge (LLM) or classifier said of a text; remembered, so that a replay says the same."""
+
+    kind: str
+    """``judge`` or ``semantic``."""
+    verdict: str
+    """``yes``, ``no`` or ``unclear``."""
+    quote: str
+    """Verbatim words of the text that it rests on; empty without any."""
+    score: float | None
+    """How sure a classifier is; None for a judge, which gives none."""
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class RuleHeader:
     """What an alert needs to know of its rule."""
 
@@ -265,6 +283,8 @@ class RuleHeader:
     keep_firing_steps: int = 0
     """Steps without a match after which a firing alert resolves; 0: as soon as the window no longer holds."""
     keep_firing_seconds: float = 0.0
+    responses: tuple[str, ...] | None = None
+    """What its alerts may set off (``log``, ``webhook``, ``tag``, ``stop``); None: what the config says."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,9 @@ import numpy as np
 from sqlalchemy import func, select
 
 from nla_monitor.errors import ConfigError
+from nla_monitor.evidence.wording import lines
 from nla_monitor.records import Alert, Phase
+from nla_monitor.standing import RunGuarantee, run_guarantees
 from nla_monitor.store.engine import read
 from nla_monitor.store.models import MatchRow, ReadingRow, RuleRow
 from nla_monitor.store.queries import Counts, RunSummary
@@ -39,6 +41,10 @@ CAUTION: Final = (
     "An alert is a hypothesis until a person labels it. Fidelity says how much of the activation the words hold, not "
     "whether they are true; FVE is comparable only under the same denominator. Neighbouring tokens depend on each "
     "other, so matched / read is no count of independent observations."
+)
+NO_GUARANTEE: Final = (
+    "None: no rule was calibrated for this run, so that its false-alarm rate is not known "
+    "(nla-monitor rules calibrate --baseline RUN)."
 )
 
 
@@ -107,6 +113,8 @@ class Report:
     rates: tuple[RuleRate, ...]
     alerts: tuple[Alert, ...]
     """Newest first, at most ``MAX_ALERTS``."""
+    guarantees: tuple[RunGuarantee, ...]
+    """Of the rules that were calibrated while the run was read."""
 
 
 def build_report(repository: Repository, run_id: str | None = None) -> Report:
@@ -129,6 +137,7 @@ def build_report(repository: Repository, run_id: str | None = None) -> Report:
         fidelity=fidelity,
         rates=tuple(_rates(repository, key)),
         alerts=tuple(repository.alerts(key, limit=MAX_ALERTS)),
+        guarantees=run_guarantees(repository.engine, key),
     )
 
 
@@ -250,9 +259,13 @@ def _html(report: Report) -> str:
         "moment": _moment,
         "percent": _percent,
         "where": _where,
+        "whole_run": _whole_run,
     }
     return environment.get_template("report.html.j2").render(
-        report=report, caution=CAUTION, plots=[plot(rate, report.alerts) for rate in report.rates if rate.points]
+        report=report,
+        caution=CAUTION,
+        no_guarantee=NO_GUARANTEE,
+        plots=[plot(rate, report.alerts) for rate in report.rates if rate.points],
     )
 
 
@@ -319,9 +332,19 @@ def _text(report: Report) -> Iterator[str]:
     never = sorted({rate.rule_id for rate in report.rates} - {rate.rule_id for rate in report.rates if rate.matched})
     if never:
         yield f"  never matched: {', '.join(never)}"
+    yield "\nGuarantees"
+    for guarantee in report.guarantees:
+        yield f"  {guarantee.rule_id:<24} {clean(guarantee.says)}\n    whole run: {_whole_run(guarantee)}"
+    if not report.guarantees:
+        yield f"  {NO_GUARANTEE}"
     yield "\nAlerts"
     yield from (_alert_line(alert) for alert in report.alerts) if report.alerts else ("  none",)
     yield f"\n{CAUTION}"
+
+
+def _whole_run(guarantee: RunGuarantee) -> str:
+    stands = "stands" if guarantee.survives else "does not stand"
+    return f"{guarantee.run}; {stands} among all calibrated rules (e-BH)"
 
 
 def _share(matched: int, total: int) -> str:
@@ -356,12 +379,8 @@ def _certainty(alert: Alert) -> str:
 def _certainties(alert: Alert) -> list[str]:
     """Fidelity, calibration and the controls, each as a few words."""
     cosine = [f"cosine {alert.cosine:.2f}"] if alert.cosine is not None else []
-    controls = [f"{clean(name)}: {clean(_control(value))}" for name, value in alert.evidence.items()]
+    controls = [f"{clean(line.name)}: {clean(str(line))}" for line in lines(alert.evidence)]
     return [_certainty(alert), *cosine, *controls]
-
-
-def _control(value: object) -> str:
-    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, Mapping) else str(value)
 
 
 def _markdown(report: Report) -> Iterator[str]:
@@ -387,6 +406,11 @@ def _markdown(report: Report) -> Iterator[str]:
             sparkline(rate.points),
         )
         yield f"| {' | '.join(cells)} |"
+    yield "\n## Guarantees\n"
+    for guarantee in report.guarantees:
+        yield f"- `{guarantee.rule_id}`: {_escaped(guarantee.says)}\n  Whole run: {_escaped(_whole_run(guarantee))}"
+    if not report.guarantees:
+        yield NO_GUARANTEE
     yield "\n## Alerts\n"
     if not report.alerts:
         yield "None."

@@ -72,5 +72,7 @@ METRIC_DETECTION_DELAY: Final = "nla_monitor.detection.delay"  # s, from capture
 METRIC_QUEUE_SIZE: Final = "nla_monitor.queue.size"  # {activation}
 METRIC_MATCHES: Final = "nla_monitor.matches"  # {match}, by rule
 METRIC_ALERTS: Final = "nla_monitor.alerts"  # {alert}, by rule and severity
+METRIC_VOIDED: Final = "nla_monitor.guarantees.voided"  # {guarantee}, by rule: drift ended what a calibration promised
+METRIC_UNJUDGED: Final = "nla_monitor.unjudged"  # {reading}, by rule: no judge or model could be asked
 METRIC_FVE: Final = "nla_monitor.fidelity.fve"  # 1
 METRIC_CAPTURE_DURATION: Final = "nla_monitor.capture.overhead"  # s, host time per sampled forward

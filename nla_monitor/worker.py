@@ -23,11 +23,15 @@ from sqlalchemy import Engine
 from nla_monitor.alerts.judge import Clock, Judge
 from nla_monitor.alerts.lifecycle import Event
 from nla_monitor.alerts.sinks import LogSink, Sink, WebhookSink, drain
+from nla_monitor.baseline import LiveGuarantees
+from nla_monitor.calibrate import Guarantees, RunWatch, Voided
 from nla_monitor.config import MonitorConfig
+from nla_monitor.controls import Controls
 from nla_monitor.errors import ConfigError, ForeignDatabaseError, SchemaVersionError, StoreUnavailableError
-from nla_monitor.evidence import SwapRule, check_swaps, collect_evidence, recurred
+from nla_monitor.evidence import collect_evidence, completed, recurred
 from nla_monitor.nla import load_reconstructor, load_verbalizer
 from nla_monitor.nla.base import Reconstructor, Verbalization, Verbalizer
+from nla_monitor.nla.fidelity import record_of
 from nla_monitor.nla.injection import bad_rows
 from nla_monitor.organism import resolve
 from nla_monitor.records import (
@@ -37,15 +41,19 @@ from nla_monitor.records import (
     Fidelity,
     Match,
     Reading,
+    RunInfo,
     StageFailure,
     Support,
     WindowVerdict,
     uuid7,
 )
 from nla_monitor.rules import RuleSet, load_rules
+from nla_monitor.rules.deferred import ask_ahead, connect, unanswered, with_unjudged
 from nla_monitor.spool.sql import SqlSpool
+from nla_monitor.store.judgements import SqlJudgements
 from nla_monitor.store.repository import Repository
 from nla_monitor.store.session import open_engine, prepare
+from nla_monitor.store.surroundings import Surroundings
 from nla_monitor.store.transaction import WorkerTransaction
 from nla_monitor.telemetry import Telemetry
 
@@ -57,17 +65,30 @@ _LAST_PATIENCE: Final = 300.0
 _FAULTS_IN_A_ROW: Final = 5
 
 
+@dataclass(frozen=True, slots=True)
+class _Exhibit:
+    """The reading that an alert shows, its match, and what is known of it."""
+
+    reading: Reading
+    match: Match
+    support: Support | None
+
+
 @dataclass(slots=True)
 class _Batch:
     """Working memory of one lease; becomes rows in one transaction."""
 
     owner: str
+    guarantees: Guarantees
     samples: tuple[ActivationSample, ...]
     readings: list[Reading] = field(default_factory=list)
     failures: list[StageFailure] = field(default_factory=list)
     matches: list[Match] = field(default_factory=list)
     supports: dict[str, Support] = field(default_factory=dict)
     changed: list[tuple[Alert, Event]] = field(default_factory=list)
+    voided: list[Voided] = field(default_factory=list)
+    exhibits: dict[tuple[str, str], _Exhibit] = field(default_factory=dict)
+    """What new alerts show, by sample and rule."""
 
     def counts(self, match: Match) -> bool:
         """Whether no control refuted the match."""
@@ -102,11 +123,10 @@ class Worker:
         self.config = config
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid7()[-12:]}"
         self.rules: RuleSet = load_rules(config.rules)
-        self._swap_rules = _swap_rules(self.rules)
         engine = engine or open_engine(config.database)
         prepare(engine)
         self.repository = Repository(engine)
-        self.repository.save_rules((rule.header, rule.spec.model_dump_json()) for rule in self.rules.rules)
+        self.repository.save_rules((rule.header, rule.spec.source()) for rule in self.rules.rules)
         self.spool = SqlSpool(engine, max_attempts=config.worker.max_attempts)
         self.verbalizer = verbalizer or load_verbalizer(resolve(config.nla.av), config.nla)
         self.reconstructor = reconstructor
@@ -114,6 +134,13 @@ class Worker:
             self.reconstructor = load_reconstructor(resolve(config.nla.ar), config.nla)
         if self.reconstructor is not None:
             check_pair(self.verbalizer, self.reconstructor)
+        self._unanswered = unanswered(self.rules.rules)
+        layer = getattr(self.verbalizer, "layer", None)
+        connect(self.rules.rules, SqlJudgements(engine), d_model=self.verbalizer.d_model, layer=layer)
+        around = Surroundings(engine, self.verbalizer.content_hash)
+        self.controls = Controls(self.rules, self.verbalizer, self.reconstructor, neighbourhood=around)
+        ar_hash = self.reconstructor.content_hash if self.reconstructor is not None else None
+        self._calibrated = LiveGuarantees(engine, self.rules, self.verbalizer.content_hash, ar_hash, run=self._run_info)
         self.telemetry = telemetry or Telemetry(config=config.telemetry)
         self.telemetry.expect_rules(self.rules.headers.values())
         self.sinks = list(sinks) if sinks is not None else sinks_of(config)
@@ -155,6 +182,10 @@ class Worker:
                 return
             stop.wait(pause)
 
+    def _run_info(self, run_id: str) -> RunInfo | None:
+        found = self.repository.run(run_id)
+        return found.info if found is not None else None
+
     def _empty(self) -> bool:
         try:
             depth = self.spool.depth()
@@ -172,12 +203,15 @@ class Worker:
         if not lease.samples:
             self._deliver()
             return 0
-        batch = _Batch(owner=self.owner, samples=lease.samples)
+        batch = _Batch(self.owner, self._calibrated.current(), lease.samples)
         self._read(batch)
         with self.telemetry.evaluate_span(batch.readings):
             self._match(batch)
-            batch.supports = self._check(batch)
+            batch.supports = self.controls.check(batch.matches, {item.sample_id: item for item in batch.readings})
+            batch.supports = with_unjudged(batch.matches, batch.supports)
+            batch.supports = batch.guarantees.gated(batch.matches, batch.supports)
         self._commit(batch)
+        self._complete(batch)
         self._report(batch)
         self._deliver()
         return len(lease.samples)
@@ -228,50 +262,22 @@ class Worker:
         if self.reconstructor is None:
             return [None] * len(samples)
         scores = self.reconstructor.score(vectors, [text.text for text in texts])
-        return [
-            Fidelity(
-                sample.sample_id,
-                score.cosine,
-                score.mse_nrm,
-                score.fve,
-                score.denominator,
-                score.denominator_name,
-                self.reconstructor.content_hash,
-            )
-            for sample, score in zip(samples, scores, strict=True)
-        ]
+        ar_hash = self.reconstructor.content_hash
+        return [record_of(sample.sample_id, score, ar_hash) for sample, score in zip(samples, scores, strict=True)]
 
     # -- rules, and evidence on candidates -----------------------------------------------------------------------
 
     def _match(self, batch: _Batch) -> None:
+        try:
+            ask_ahead(self.rules.rules, batch.readings)
+        except Exception:  # each reading is then judged, and fails, by itself
+            logger.exception("a model that rules ask failed on a batch")
         for reading in batch.readings:
             try:
                 batch.matches += self.rules.evaluate([reading])
             except Exception as error:
                 logger.exception("the rules cannot judge sample %s", reading.sample_id)
                 batch.failures.append(StageFailure(reading.sample_id, "evaluate", _said(error), retryable=False))
-
-    def _check(self, batch: _Batch) -> dict[str, Support]:
-        """The controls that the matched rules require; without an AR there are none, and the alert says so."""
-        if self.reconstructor is None:
-            return {}
-        readings = {reading.sample_id: reading for reading in batch.readings}
-        try:
-            return check_swaps(batch.matches, readings, self._swap_rules, self._cosines)
-        except Exception:
-            logger.exception("a control failed on a batch; each match is tried alone")
-        supports: dict[str, Support] = {}
-        for match in batch.matches:
-            try:
-                supports |= check_swaps([match], readings, self._swap_rules, self._cosines)
-            except Exception:  # the match then counts without the control, and its alert says so
-                logger.exception("the swap margin of match %s cannot be measured", match.match_id)
-        return supports
-
-    def _cosines(self, vectors: np.ndarray, texts: Sequence[str]) -> list[float]:
-        if self.reconstructor is None:
-            return []
-        return [score.cosine for score in self.reconstructor.score(vectors, texts)]
 
     # -- one transaction -----------------------------------------------------------------------------------------
 
@@ -292,31 +298,52 @@ class Worker:
     def _judge(self, tx: WorkerTransaction, batch: _Batch, run_id: str, clock: Clock) -> list[tuple[Alert, Event]]:
         readings = [reading for reading in batch.readings if reading.sample.run_id == run_id]
         counting = [match for match in batch.matches if match.run_id == run_id and batch.counts(match)]
-        judge = Judge(run_id, clock, self.rules, tx, exhibition=partial(self._exhibit, tx), refresh=recurred)
-        return judge.run(readings, counting)
+        watch = RunWatch(
+            batch.guarantees,
+            run_id,
+            tx.tallies,
+            readings=readings,
+            matches=[match for match in batch.matches if match.run_id == run_id],
+            supports=batch.supports,
+            stored=tx.supports,
+        )
+        show = partial(self._exhibit, tx, batch)
+        judge = Judge(run_id, clock, self.rules, tx, exhibition=show, refresh=recurred, guarantee=watch)
+        changes = judge.run(readings, counting)
+        watch.save()
+        batch.voided += watch.voided
+        return changes
 
-    def _exhibit(self, tx: WorkerTransaction, verdict: WindowVerdict) -> tuple[Reading | None, dict[str, object]]:
+    def _exhibit(
+        self, tx: WorkerTransaction, batch: _Batch, verdict: WindowVerdict
+    ) -> tuple[Reading | None, dict[str, object]]:
         """The match whose explanation reconstructs best, and what speaks for the alert; ties go to the earliest."""
         found = [(reading, match) for match in verdict.matches if (reading := tx.reading(match.sample_id)) is not None]
         if not found:
             return None, {}
-        exhibit, match = max(found, key=lambda pair: pair[0].fidelity.cosine if pair[0].fidelity is not None else 0.0)
-        return exhibit, self._evidence(tx, verdict, exhibit, match)
-
-    def _evidence(
-        self, tx: WorkerTransaction, verdict: WindowVerdict, exhibit: Reading, match: Match
-    ) -> dict[str, object]:
-        margins = tx.margins([match.match_id for match in verdict.matches])
-        evidence = collect_evidence(verdict, exhibit, match, margins)
-        rule = self._swap_rules.get(match.rule_id)
-        if rule is not None and not margins:
-            why = "no AR is configured" if self.reconstructor is None else "it could not be measured"
-            evidence["not_run"] = [f"swap_margin: {why}"]
-        elif rule is not None:
-            evidence["swap_margin_required"] = rule.least
-        return evidence
+        shown, match = max(found, key=lambda pair: pair[0].fidelity.cosine if pair[0].fidelity is not None else 0.0)
+        supports = tx.supports([one.match_id for one in verdict.matches])
+        batch.exhibits[match.sample_id, match.rule_id] = _Exhibit(shown, match, supports.get(match.match_id))
+        return shown, collect_evidence(verdict, shown, match, supports, self.controls.bounds(match.rule_id))
 
     # -- after the commit ----------------------------------------------------------------------------------------
+
+    def _complete(self, batch: _Batch) -> None:
+        """The dear controls of what new alerts show: outside the transaction, where nobody waits for the AV.
+
+        An alert whose worker is killed before this has been stored, and says that they were not measured.
+        """
+        for number, (alert, event) in enumerate(batch.changed):
+            exhibit = batch.exhibits.get((alert.sample_id, alert.rule_id))
+            if event != "fired" or exhibit is None:
+                continue
+            support = self.controls.complete(exhibit.match, exhibit.reading, exhibit.support)
+            evidence = completed(alert.evidence, support, self.controls.bounds(alert.rule_id))
+            changes = {name: value for name, value in evidence.items() if name != "recurrence"}
+            try:
+                batch.changed[number] = (self.repository.add_evidence(alert, changes), event)
+            except StoreUnavailableError as error:  # the batch is acknowledged: the alert stays as it was stored
+                logger.warning("the controls of alert %s could not be stored: %s", alert.alert_id, error)
 
     def _report(self, batch: _Batch) -> None:
         by_id = {reading.sample_id: reading for reading in batch.readings}
@@ -325,13 +352,21 @@ class Worker:
                 self.telemetry.evaluation_event(match, by_id[match.sample_id])
         for reading in batch.readings:
             self.telemetry.fidelity(reading)
+        for rule_id, count in (now := unanswered(self.rules.rules)).items():
+            if count > self._unanswered[rule_id]:
+                self.telemetry.unjudged(rule_id, count - self._unanswered[rule_id])
+        self._unanswered = now
+        for voided in batch.voided:
+            logger.warning("rule %s, run %s: guarantee %s", voided.rule_id, voided.run_id, voided.says)
+            self.telemetry.guarantee_voided(voided.rule_id)
         for alert, event in batch.changed:
             self.telemetry.alert(alert, event, delay=time.time() - alert.fired_at)
         depth = self.spool.depth()
         self.telemetry.queue_size(depth.waiting + depth.leased)
 
     def _deliver(self) -> None:
-        drain(self.repository, self.sinks)
+        responses = {key: header.responses for key, header in self.rules.headers.items()}
+        drain(self.repository, self.sinks, responses=responses)
 
     def close(self) -> None:
         """Give the database connections back."""
@@ -368,11 +403,6 @@ def sinks_of(config: MonitorConfig) -> list[Sink]:
     if config.alerts.webhook is not None:
         sinks.append(WebhookSink(config.alerts.webhook))
     return sinks
-
-
-def _swap_rules(rules: RuleSet) -> dict[str, SwapRule]:
-    required = {rule.id: rule.spec.evidence.swap_margin for rule in rules.rules}
-    return {key: SwapRule(swap.min, swap.alternatives) for key, swap in required.items() if swap is not None}
 
 
 def _said(error: BaseException) -> str:

@@ -8,12 +8,13 @@ same batch or an hour later.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from nla_monitor.alerts.lifecycle import Event, advance, fingerprint
+from nla_monitor.alerts.lifecycle import UNCALIBRATED, Event, advance, fingerprint, match_of, quiet_from
 from nla_monitor.records import ActivationSample, Alert, Match, Reading, RuleHeader, Scalar, WindowVerdict
 
 Change = tuple[Alert, Event]
@@ -33,6 +34,29 @@ class _Windows(Protocol):
     def headers(self) -> Mapping[str, RuleHeader]: ...
     def window_start(self, rule_id: str, *, step: int | None, now: float) -> tuple[int | None, float | None]: ...
     def window(self, rule_id: str, matches: Sequence[Match], *, step: int | None, now: float) -> WindowVerdict: ...
+    def next_change(
+        self, rule_id: str, matches: Sequence[Match], *, step: int | None, now: float
+    ) -> tuple[float, float]: ...
+
+
+class Guarantee(Protocol):
+    """What calibrations say of a run while its readings are judged."""
+
+    def take(self, reading: Reading) -> None:
+        """Count a reading; each is given once, in order."""
+        ...
+
+    def decide(self, rule_id: str, verdict: WindowVerdict) -> WindowVerdict:
+        """The verdict where a test over the whole run stands in the window's place; any other one as it is."""
+        ...
+
+    def say(self, rule_id: str, match: Match) -> Mapping[str, object]:
+        """What certifies an alert that fires now and shows this match."""
+        ...
+
+    def say_again(self, rule_id: str, before: Mapping[str, object]) -> Mapping[str, object]:
+        """The same, of an alert that goes on."""
+        ...
 
 
 class _AlertStore(Protocol):
@@ -77,6 +101,12 @@ class _Condition:
     """Whether a match came after the last judgement."""
     unsaved: dict[str, Match] | None = None
     """Matches that stood in windows of ``current`` since it was last stored; None: it is stored as it is."""
+    holds: bool = False
+    """Whether its window held then."""
+    judged: Clock | None = None
+    """When it was last judged; None: not in this batch, or it has just fired."""
+    due: tuple[float, float] | None = None
+    """Step and time before which another judgement says the same as the last, unless a match comes; made on demand."""
 
 
 class Judge:
@@ -89,6 +119,7 @@ class Judge:
         store: where alerts and matches are; the batch's matches may be stored already.
         exhibition: what to show when an alert fires.
         refresh: what to say when it goes on.
+        guarantee: what calibrations say; without it every alert is uncalibrated.
     """
 
     def __init__(
@@ -100,6 +131,7 @@ class Judge:
         *,
         exhibition: Exhibition,
         refresh: Refresh,
+        guarantee: Guarantee | None = None,
     ) -> None:
         self._run_id = run_id
         self._clock = clock
@@ -107,7 +139,9 @@ class Judge:
         self._store = store
         self._exhibition = exhibition
         self._refresh = refresh
+        self._guarantee = guarantee
         self._conditions: dict[tuple[str, str], _Condition] = {}
+        self._firing: set[tuple[str, str]] = set()
         self._changes: list[Change] = []
 
     def run(self, readings: Sequence[Reading], matches: Iterable[Match]) -> list[Change]:
@@ -138,21 +172,22 @@ class Judge:
         wanted |= {self._key(match.rule_id, match.group): match.group for match in matches}
         current = {self._key(alert.rule_id, alert.group): alert for alert in firing}
         known = {match.match_id for match in matches}
+        samples = [reading.sample for reading in readings]
+        steps = (step for step in (self._clock.step, *(sample.step for sample in samples)) if step is not None)
+        times = (time for time in (self._clock.now, *(sample.captured_at for sample in samples)) if time > 0.0)
+        first = Clock(min(steps, default=None), min(times, default=0.0))
         for key, group in wanted.items():
             header = self._rules.headers.get(key[0])
             if header is not None:  # else the rule was taken away since
-                stored = [one for one in self._stored(header, group, readings) if one.match_id not in known]
+                stored = [one for one in self._stored(header, group, first) if one.match_id not in known]
                 self._conditions[key] = _Condition(header, dict(group), current.get(key), stored)
+        self._firing = {key for key, condition in self._conditions.items() if condition.current is not None}
 
-    def _stored(self, header: RuleHeader, group: Mapping[str, Scalar], readings: Sequence[Reading]) -> list[Match]:
-        """Matches that any moment of the batch may need."""
-        samples = [reading.sample for reading in readings]
-        steps = [step for step in (self._clock.step, *(sample.step for sample in samples)) if step is not None]
-        times = [time for time in (self._clock.now, *(sample.captured_at for sample in samples)) if time > 0.0]
-        first = min(times, default=0.0)
-        since_step, since_time = self._rules.window_start(header.rule_id, step=min(steps, default=None), now=first)
+    def _stored(self, header: RuleHeader, group: Mapping[str, Scalar], first: Clock) -> list[Match]:
+        """Matches that any moment of the batch may need; ``first`` is the earliest of them."""
+        since_step, since_time = self._rules.window_start(header.rule_id, step=first.step, now=first.now)
         if since_time is None and since_step is not None:  # matches without a step are counted by time
-            _, since_time = self._rules.window_start(header.rule_id, step=None, now=first)
+            _, since_time = self._rules.window_start(header.rule_id, step=None, now=first.now)
         return self._store.window_matches(
             header.rule_id, header.version, self._run_id, group, since_step=since_step, since_time=since_time
         )
@@ -166,13 +201,17 @@ class Judge:
         if moved:
             self._settle()
             self._clock = clock
+        if self._guarantee is not None:
+            self._guarantee.take(reading)
         new = {self._key(match.rule_id, match.group): match for match in matches}
-        for key, condition in sorted(self._conditions.items(), key=lambda item: item[0]):
+        for key in sorted((new.keys() | (self._firing if moved else set())) & self._conditions.keys()):
+            condition = self._conditions[key]
             self._meet(condition, new.get(key), moved=moved)
+            (self._firing.add if condition.current is not None else self._firing.discard)(key)
 
     def _meet(self, condition: _Condition, match: Match | None, *, moved: bool) -> None:
         if match is None:
-            if moved and condition.current is not None:
+            if self._may_change(condition):
                 self._judge(condition, self._clock)
             return
         condition.matches.append(match)
@@ -184,16 +223,34 @@ class Judge:
             return
         self._judge(condition, self._clock)
 
+    def _may_change(self, condition: _Condition) -> bool:
+        """Whether the clock's moving alone may change what was last said of a firing alert."""
+        clock, judged, alert = self._clock, condition.judged, condition.current
+        if judged is None or alert is None or (judged.step is None) != (clock.step is None):
+            return True
+        if self._still_certified(alert) is not alert.calibration:
+            return True
+        if condition.due is None:
+            header = condition.header
+            step, now = self._rules.next_change(header.rule_id, condition.matches, step=judged.step, now=judged.now)
+            quiet = (math.inf, math.inf) if condition.holds else quiet_from(header, alert, judged.step, judged.now)
+            condition.due = min(step, quiet[0]), min(now, quiet[1])
+        return clock.now >= condition.due[1] or (clock.step is not None and clock.step >= condition.due[0])
+
     def _settle(self) -> None:
         """Judge what came since the last judgement, at the moment that is about to end."""
-        for _, condition in sorted(self._conditions.items(), key=lambda item: item[0]):
-            if condition.waiting:
-                self._judge(condition, self._clock)
+        for key in sorted(self._firing):
+            if self._conditions[key].waiting:
+                self._judge(self._conditions[key], self._clock)
+        self._firing = {key for key in self._firing if self._conditions[key].current is not None}
 
     def _judge(self, condition: _Condition, clock: Clock) -> None:
         condition.waiting = False
         header, current = condition.header, condition.current
         verdict = self._rules.window(header.rule_id, condition.matches, step=clock.step, now=clock.now)
+        if self._guarantee is not None:
+            verdict = self._guarantee.decide(header.rule_id, verdict)
+        condition.judged, condition.due, condition.holds = clock, None, verdict.firing
         fires = current is None and verdict.firing
         exhibit, evidence = self._exhibition(verdict) if fires else (None, {})
         step = advance(
@@ -206,16 +263,28 @@ class Judge:
             step=clock.step,
             now=clock.now,
             evidence=evidence,
+            calibration=self._certified(verdict, exhibit) if fires else UNCALIBRATED,
         )
         if step.alert is None or step.event is None:
             return
         if step.event == "updated":
             # Stored once, with what comes next or at the end: a busy alert is updated at each of its matches.
             evidence = dict(self._refresh(step.alert.evidence, verdict))
-            condition.current = dataclasses.replace(step.alert, evidence=evidence)
+            certified = self._still_certified(step.alert)
+            condition.current = dataclasses.replace(step.alert, evidence=evidence, calibration=certified)
             condition.unsaved = (condition.unsaved or {}) | {match.match_id: match for match in verdict.matches}
             return
+        condition.judged = None  # what a new alert says is brought up to date once, whatever comes
         self._save(condition, step.alert, verdict.matches, step.event)
+
+    def _certified(self, verdict: WindowVerdict, exhibit: Reading | None) -> Mapping[str, object]:
+        match = match_of(verdict.matches, exhibit)
+        return UNCALIBRATED if self._guarantee is None else self._guarantee.say(match.rule_id, match)
+
+    def _still_certified(self, alert: Alert) -> Mapping[str, object]:
+        if self._guarantee is None:
+            return alert.calibration
+        return self._guarantee.say_again(alert.rule_id, alert.calibration)
 
     def _save(self, condition: _Condition, alert: Alert, matches: Sequence[Match], event: Event) -> None:
         linked = (condition.unsaved or {}) | {match.match_id: match for match in matches}

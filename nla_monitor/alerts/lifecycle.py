@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +21,9 @@ from typing import Final, Literal
 from nla_monitor.records import Alert, AlertState, Match, Reading, RuleHeader, Scalar, TriageState, WindowVerdict
 
 Event = Literal["fired", "updated", "resolved"]
+
+_ROUNDING: Final = 1e-3
+"""Seconds by which a sum of times may be taken too early."""
 
 UNCALIBRATED: Final[Mapping[str, object]] = MappingProxyType({"status": "uncalibrated"})
 """Said of every alert whose rule no calibration set has certified."""
@@ -97,7 +101,7 @@ def _opened(
     calibration: Mapping[str, object],
 ) -> Alert:
     key = fingerprint(header.rule_id, run_id, group)
-    match = _match_of(verdict.matches, exhibit)
+    match = match_of(verdict.matches, exhibit)
     steps = _steps(verdict.matches)
     fidelity = exhibit.fidelity if exhibit else None
     sample = exhibit.sample if exhibit else None
@@ -134,7 +138,8 @@ def _opened(
     )
 
 
-def _match_of(matches: tuple[Match, ...], exhibit: Reading | None) -> Match:
+def match_of(matches: tuple[Match, ...], exhibit: Reading | None) -> Match:
+    """The match of the reading that an alert shows; the newest one where it shows none."""
     if exhibit is None:
         return matches[-1]
     return next((match for match in matches if match.sample_id == exhibit.sample_id), matches[-1])
@@ -157,6 +162,16 @@ def _quiet(header: RuleHeader, alert: Alert, step: int | None, now: float) -> bo
     if now - alert.updated_at < header.keep_firing_seconds:
         return False
     return step is None or alert.last_step is None or step - alert.last_step >= header.keep_firing_steps
+
+
+def quiet_from(header: RuleHeader, alert: Alert, step: int | None, now: float) -> tuple[float, float]:
+    """The step, or the time, from which on a firing alert whose window no longer holds may resolve."""
+    due = alert.updated_at + header.keep_firing_seconds
+    if now < due - _ROUNDING:
+        return math.inf, due - _ROUNDING
+    if step is None or alert.last_step is None:
+        return -math.inf, -math.inf
+    return float(alert.last_step + header.keep_firing_steps), math.inf
 
 
 def _steps(matches: Iterable[Match]) -> list[int]:

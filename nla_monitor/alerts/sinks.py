@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -20,6 +20,8 @@ CLAIM_SECONDS: Final = 120.0
 """How long a claimed item is hidden from other workers; longer than all sinks together may take for one."""
 FIRST_DELAY: Final = 2.0
 LONGEST_DELAY: Final = 600.0
+_NAMED_SINKS: Final = frozenset({"log", "webhook"})
+"""Sinks that a rule's ``response`` may name."""
 MAX_ATTEMPTS: Final = 12
 """Over an hour of retries with the delays above."""
 
@@ -103,17 +105,30 @@ class Drained:
 
 
 def drain(
-    outbox: _Outbox, sinks: Sequence[Sink], *, limit: int = 50, clock: Callable[[], float] = time.time
+    outbox: _Outbox,
+    sinks: Sequence[Sink],
+    *,
+    responses: Mapping[str, Sequence[str] | None] | None = None,
+    limit: int = 50,
+    clock: Callable[[], float] = time.time,
 ) -> Drained:
     """One pass over what is due in the outbox, oldest first; never raises for a sink.
 
     A sink that fails is not asked again in this pass, so that a dead receiver costs one timeout, not one per alert. Its
     items come back after ``FIRST_DELAY * 2 ** attempts`` seconds (at most ``LONGEST_DELAY``), ``MAX_ATTEMPTS`` times.
 
+    Args:
+        outbox: what is to be told.
+        sinks: whom to tell.
+        responses: by rule id, what its alerts may set off. A rule that names responses reaches the sinks called ``log``
+            and ``webhook`` only if it names them; sinks of another name are the host's own and always hear.
+        limit: items in one pass.
+        clock: Unix seconds.
+
     Raises:
         StoreUnavailableError: the outbox can't be read or written; undone items come back.
     """
-    delivery = _Pass(outbox, sinks, clock)
+    delivery = _Pass(outbox, sinks, clock, responses or {})
     # One claim at a time: what this pass does not reach is not hidden from other workers.
     for _ in range(limit):
         items = outbox.outbox_claim(1, CLAIM_SECONDS)
@@ -126,8 +141,15 @@ def drain(
 class _Pass:
     """Working memory of one ``drain``."""
 
-    def __init__(self, outbox: _Outbox, sinks: Sequence[Sink], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        outbox: _Outbox,
+        sinks: Sequence[Sink],
+        clock: Callable[[], float],
+        responses: Mapping[str, Sequence[str] | None],
+    ) -> None:
         self._outbox = outbox
+        self._responses = responses
         self._sinks = sinks
         self._clock = clock
         self._down: dict[str, float] = {}
@@ -142,7 +164,7 @@ class _Pass:
         errors: dict[str, DeliveryError] = {}
         waiting = False
         for sink in self._sinks:
-            if sink.name in have:
+            if sink.name in have or not self._may_tell(sink, item.alert):
                 continue
             if sink.name in self._down:
                 waiting = True
@@ -154,6 +176,10 @@ class _Pass:
             else:
                 have.add(sink.name)
         self._settle(item, have, errors, waiting)
+
+    def _may_tell(self, sink: Sink, alert: Alert) -> bool:
+        named = self._responses.get(alert.rule_id)
+        return named is None or sink.name not in _NAMED_SINKS or sink.name in named
 
     def _settle(self, item: _Item, have: set[str], errors: dict[str, DeliveryError], waiting: bool) -> None:
         now = self._clock()

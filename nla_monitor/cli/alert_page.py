@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -22,14 +22,17 @@ from nla_monitor.cli.common import (
     safe,
     short,
 )
+from nla_monitor.evidence.promise import told
+from nla_monitor.evidence.wording import lines, summary
 from nla_monitor.records import Alert, AlertState, Reading, RunInfo, TriageState
 
 if TYPE_CHECKING:
+    from nla_monitor.precision import Precision
     from nla_monitor.store.queries import Label
 
 _MORE_READINGS: Final = 5
 _CONTEXT: Final = 400
-_ECHO_LIMIT: Final = 0.5
+_STYLES: Final = {"good": "", "doubtful": "bold", "plain": ""}
 _LATER: Final = "An alert is a hypothesis until a person labels it. Fidelity says how much of the activation the words "
 _CAUTION: Final = _LATER + "hold, not whether they are true."
 
@@ -42,6 +45,8 @@ class Exhibit:
     run: RunInfo | None
     readings: Sequence[Reading]
     labels: Sequence[Label]
+    precision: Precision | None = None
+    """Of the rule in this version, by the labels of its alerts so far."""
 
     @property
     def shown(self) -> Reading | None:
@@ -94,57 +99,30 @@ def _what(alert: Alert) -> Text:
 
 
 def _how_sure(exhibit: Exhibit) -> Table:
-    alert, shown = exhibit.alert, exhibit.shown
+    alert = exhibit.alert
     rows = _rows()
     rows.add_row("fidelity", fidelity_text(alert.cosine, alert.fve, alert.denominator_name))
-    rows.add_row("calibration", _calibration(alert.calibration))
-    for name, value in _evidence(alert.evidence):
-        rows.add_row(name, value)
+    for name, text in told(alert.calibration):
+        rows.add_row(name, Text(safe(text, one_line=True), style="bold" if text.startswith("void") else ""))
+    controls = list(lines(alert.evidence))
+    if verdict := summary(controls):
+        rows.add_row("controls", Text(safe(verdict, one_line=True), style="bold"))
+    for line in controls:
+        rows.add_row(safe(line.name), Text(safe(str(line), one_line=True), style=_STYLES[line.verdict]))
     rows.add_row("matches", f"{alert.matches} so far")
-    if shown is not None and shown.explanation.truncated:
-        rows.add_row("cut short", "the explanation reached its length limit; its end is missing")
+    rows.add_row("rule so far", precision_text(exhibit.precision))
     rows.add_row("caution", Text(_CAUTION, style="italic"))
     return rows
 
 
-def _calibration(calibration: Mapping[str, object]) -> str:
-    status = str(calibration.get("status", "uncalibrated"))
-    if status == "uncalibrated":
-        return "uncalibrated: the false-alarm rate of this rule is not known"
-    told = "; ".join(f"{key} {value}" for key, value in calibration.items() if key != "status")
-    return safe(f"{status}; {told}" if told else status, one_line=True)
-
-
-def _evidence(evidence: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Controls in words where they are known, as they are where they are not."""
-    for name, value in evidence.items():
-        if name == "recurrence" and isinstance(value, Mapping):
-            counts = ", ".join(f"{what} {count}" for what, count in value.items() if what != "needed")
-            yield "recurrence", f"{counts} (the rule asks for {value.get('needed', '?')})"
-        elif name == "echo" and isinstance(value, int | float):
-            meaning = "it may merely repeat the text that the model saw" if value > _ECHO_LIMIT else "little echo"
-            yield "echo", f"{value:.0%} of the quote's words stand in the text before the token: {meaning}"
-        elif name == "norm" and isinstance(value, int | float):
-            yield "raw norm", f"{value:.4g} (L2, which the AV does not see)"
-        elif name == "swap_margin" and isinstance(value, Mapping):
-            yield "swap margin", _swap(value, evidence.get("swap_margin_required"))
-        elif name == "swap_margin_required" and "swap_margin" in evidence:
-            continue
-        elif isinstance(value, Mapping):
-            yield safe(name), safe(", ".join(f"{key} {item}" for key, item in value.items()), one_line=True)
-        else:
-            yield safe(name), safe(str(value), one_line=True)
-
-
-def _swap(margin: Mapping[str, object], required: object) -> str:
-    """In words: does the activation fit the claim better than its alternatives?"""
-    told = ", ".join(f"{key} {item}" for key, item in margin.items())
-    told += f" (the rule asks for {required})" if required is not None else ""
-    judged = margin.get("exhibit", margin.get("median"))
-    if not isinstance(judged, int | float):
-        return told
-    better = "fits the activation better as stated than with the claim's alternatives in its place"
-    return f"{told}: the text {better if judged > 0 else 'fits no better as stated: the claim may be made up'}"
+def precision_text(precision: Precision | None) -> str:
+    """How often this version of the rule was right, in one line."""
+    if precision is None or precision.value is None:
+        waiting = f" ({precision.unlabelled} unlabelled)" if precision is not None else ""
+        return f"no alert of this version of the rule has been labelled yet{waiting}"
+    low, high = precision.bounds()
+    share = f"{precision.true_positive} of {precision.labelled} labelled alerts were true"
+    return f"{share}: {precision.value:.0%} (95 % interval {low:.0%} to {high:.0%}); {precision.unlabelled} unlabelled"
 
 
 def _where(exhibit: Exhibit) -> Table:

@@ -70,14 +70,17 @@ def list_alerts(
 def show(alert: AlertArgument, database: DatabaseOption = DEFAULT_DATABASE, as_json: JsonOption = False) -> None:
     """Show all that is known of one alert: what, how sure, where, and what to do."""
     from nla_monitor.cli.alert_page import Exhibit, print_page
+    from nla_monitor.precision import precisions
 
     with opened(database) as repository:
         found = find_alert(repository, alert)
         run = repository.run(found.run_id)
         readings = repository.alert_readings(found.alert_id)
         labels = repository.labels(found.alert_id)
+        known = precisions(repository.engine, rule_ids=[found.rule_id])
+    precision = next((one for one in known if one.version == found.rule_version), None)
     if not as_json:
-        print_page(console(), Exhibit(found, run.info if run else None, readings, labels), database)
+        print_page(console(), Exhibit(found, run.info if run else None, readings, labels, precision), database)
         return
     print_json(
         {

@@ -37,6 +37,8 @@ _EXTRAS: Final = {
     "prometheus": ("prometheus_client", "/metrics"),
     "otlp": ("opentelemetry.exporter.otlp.proto.http", "sending telemetry by OTLP"),
     "postgres": ("psycopg", "PostgreSQL"),
+    "semantic": ("sentence_transformers", "rules with semantic selections"),
+    "judge": ("httpx", "rules with an LLM judge"),
 }
 _STYLES: Final = {"ok": "green", "note": "yellow", "problem": "bold red"}
 

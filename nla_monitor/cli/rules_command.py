@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nla_monitor.cli import rules_calibrate, rules_language, rules_replay
 from nla_monitor.cli.common import SEVERITY_STYLES, JsonOption, console, print_json, safe
 from nla_monitor.records import Severity
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from nla_monitor.rules import Rule
 
 app = typer.Typer(help="Check, test and list rules.", no_args_is_help=True)
+rules_calibrate.register(app)
+rules_language.register(app)
+rules_replay.register(app)
 
 NamesArgument = Annotated[
     list[str] | None,

@@ -1,8 +1,8 @@
-"""Evidence: results of controls on a candidate alert. First form: swap margin, recurrence and echo; pure functions."""
+"""Evidence: what controls say of a candidate alert. Pure; whoever has an AV, an AR or a store passes results in."""
 
 from __future__ import annotations
 
-from nla_monitor.evidence.controls import collect_evidence, echo, recurred, recurrence
-from nla_monitor.evidence.swap import SwapRule, check_swaps
+from nla_monitor.evidence.bounds import Bound, decide
+from nla_monitor.evidence.controls import collect_evidence, completed, recurred, recurrence
 
-__all__ = ["SwapRule", "check_swaps", "collect_evidence", "echo", "recurred", "recurrence"]
+__all__ = ["Bound", "collect_evidence", "completed", "decide", "recurred", "recurrence"]

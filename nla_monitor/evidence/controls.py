@@ -1,60 +1,16 @@
-"""Controls that need no further model call, and what an alert says of all of them.
+"""What an alert says of all its controls together: the exhibit's results, and the window's.
 
-Why recurrence and echo: a claim that recurs over positions is truer than a single one, and a verbalizer may
-merely repeat what stands in the prompt (facts behind it: ARCHITECTURE.md, "What an alert may claim").
+Why recurrence: a claim that comes back over positions is truer than a single one (facts behind it: ARCHITECTURE.md,
+"What an alert may claim").
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from nla_monitor.records import Match, Reading, WindowVerdict
-
-# Words that carry no claim of their own; an overlap in them is no echo.
-_FUNCTION_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "been",
-        "being",
-        "by",
-        "for",
-        "from",
-        "has",
-        "have",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "model",
-        "of",
-        "on",
-        "or",
-        "really",
-        "that",
-        "the",
-        "their",
-        "this",
-        "to",
-        "was",
-        "were",
-        "will",
-        "with",
-    ]
-)
-_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
-
-
-def _content_words(text: str) -> set[str]:
-    return {word for word in _WORD.findall(text.casefold()) if word not in _FUNCTION_WORDS}
+from nla_monitor.evidence.bounds import Bound
+from nla_monitor.records import Match, Reading, Support, WindowVerdict
 
 
 def recurrence(matches: Sequence[Match]) -> dict[str, int]:
@@ -74,40 +30,64 @@ def recurred(evidence: Mapping[str, object], verdict: WindowVerdict) -> dict[str
     return {**evidence, "recurrence": {**known, **{key: max(count, known.get(key, 0)) for key, count in now.items()}}}
 
 
-def echo(quote: str, context: str | None) -> float | None:
-    """Share of the quote's content words that the text up to the token already holds, 0 to 1.
-
-    None when there is no text to compare with, or the quote has no content word. Above about one half the explanation
-    may merely repeat the prompt.
-    """
-    words = _content_words(quote)
-    if context is None or not words:
-        return None
-    return len(words & _content_words(context)) / len(words)
-
-
 def collect_evidence(
-    verdict: WindowVerdict, exhibit: Reading, match: Match, margins: Mapping[str, float]
+    verdict: WindowVerdict,
+    exhibit: Reading,
+    match: Match,
+    supports: Mapping[str, Support],
+    bounds: Mapping[str, Bound],
 ) -> dict[str, object]:
-    """What speaks for and against an alert, by name of the control.
+    """What speaks for and against an alert, as JSON.
+
+    By name of the control: ``exhibit`` (the result for the reading that is shown), ``median`` and ``measured`` (over
+    the window's matches), ``required`` and ``passed`` where the rule requires it. Beside them ``recurrence``,
+    ``raw_norm`` (L2), ``not_run`` (by name, why the exhibit has no result) and ``truncated``.
 
     Args:
         verdict: the window that holds.
         exhibit: the reading that is shown.
         match: its match.
-        margins: swap margins of the window's matches, by ``match_id``, as far as they were measured.
+        supports: what was measured of the window's matches, by ``match_id``.
+        bounds: what the rule requires.
     """
     evidence: dict[str, object] = {
         "recurrence": {**recurrence(verdict.matches), "needed": verdict.needed},
-        "norm": round(exhibit.sample.norm, 4),
+        "raw_norm": round(exhibit.sample.norm, 4),
     }
-    overlap = echo(match.quote, exhibit.sample.context)
-    if overlap is not None:
-        evidence["echo"] = round(overlap, 3)
-    if margins:
-        exhibited = {"exhibit": round(margins[match.match_id], 4)} if match.match_id in margins else {}
-        spread = {"median": round(median(margins.values()), 4), "measured": len(margins)}
-        evidence["swap_margin"] = exhibited | spread
+    shown = supports.get(match.match_id) or Support(match.match_id, supported=True)
+    measured = [supports[one.match_id].controls for one in verdict.matches if one.match_id in supports]
+    for name in sorted({name for results in measured for name in results}):
+        values = [results[name] for results in measured if name in results]
+        spread = {"median": round(median(values), 4), "measured": len(values)}
+        evidence[name] = _result(name, shown, bounds) | spread
     if exhibit.explanation.truncated:
         evidence["truncated"] = True
-    return evidence
+    return completed(evidence, shown, bounds)
+
+
+def completed(evidence: Mapping[str, object], shown: Support, bounds: Mapping[str, Bound]) -> dict[str, object]:
+    """The evidence of an alert with all that is known of its exhibit.
+
+    Args:
+        evidence: as collected so far.
+        shown: what was measured of the exhibit's match.
+        bounds: what the rule requires.
+    """
+    result = {name: value for name, value in evidence.items() if name != "not_run"}
+    for name in shown.controls:
+        before = result.get(name)
+        result[name] = (dict(before) if isinstance(before, Mapping) else {}) | _result(name, shown, bounds)
+    missing = {name: "it was not measured" for name in bounds if name not in shown.controls}
+    result |= {name: _result(name, shown, bounds) for name in missing if name not in result}
+    not_run = missing | {name: why for name, why in shown.not_run.items() if name not in shown.controls}
+    return result | ({"not_run": not_run} if not_run else {})
+
+
+def _result(name: str, shown: Support, bounds: Mapping[str, Bound]) -> dict[str, object]:
+    """The exhibit's own result; nothing when it has none."""
+    bound, value = bounds.get(name), shown.controls.get(name)
+    found: dict[str, object] = {"required": bound.document()} if bound is not None else {}
+    if value is not None:
+        found["exhibit"] = round(value, 4)
+        found |= {"passed": bound.holds(value)} if bound is not None else {}
+    return found

@@ -1,23 +1,23 @@
-"""The swap margin: does the claim itself reconstruct the activation, or would any other claim do as well?
+"""The swap margin and its kin: explanations with one claim exchanged or dropped, and what their scores say.
 
 ``margin = cosine(v, AR(text)) - max over alternatives of cosine(v, AR(text with the claim replaced))``. Whole-text
 cosine certifies no claim, since the rest of the text carries it; a confabulated claim may be swapped at no cost, a
-supported one may not. Pure functions: whoever has an AR passes its scores in.
+supported one may not. Dropping sentences in turn (ablation) tells less: a text without one of its sentences is
+unusual whatever the sentence said, so only the rank among the sentences is kept. Pure functions: whoever has an AR
+passes its scores in.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Final
 
-import numpy as np
-import numpy.typing as npt
+from nla_monitor.evidence.negation import made_alternatives
+from nla_monitor.records import Hit, Match
 
-from nla_monitor.records import Match, Reading, Support
-
-Cosines = Callable[[npt.NDArray[np.float32], Sequence[str]], Sequence[float]]
-"""Cosine of each text's reconstruction to its vector ``[batch, d_model]``, in order."""
+MOST_SENTENCES: Final = 24
+"""Ablation costs one reconstruction a sentence; longer explanations are not ablated."""
 
 # A sentence ends before white space (in scripts without it: at once), a line at its end; closing marks belong to it.
 _ABBREVIATIONS = "".join(
@@ -27,14 +27,6 @@ _BOUNDARY = re.compile(
     rf"(?<=[.!?\u2026]){_ABBREVIATIONS}[\"'\u2019\u201d)\]*_]*\s+|(?<=[\u3002\uff01\uff1f])|[\r\n\u2028\u2029]+"
 )
 _BULLET = re.compile(r"\s*(?:[-*+\u2022\u2013]\s+|\d{1,3}[.)]\s+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class SwapRule:
-    """What a rule requires."""
-
-    least: float
-    alternatives: tuple[str, ...]
 
 
 def claim_span(text: str, start: int, end: int) -> tuple[int, int]:
@@ -57,43 +49,79 @@ def claim_span(text: str, start: int, end: int) -> tuple[int, int]:
     return begin, max(end, begin + len(text[begin:stop].rstrip()))
 
 
-def swapped(text: str, match: Match, alternatives: Sequence[str]) -> list[str]:
-    """The explanation with the claim of the match's first quote replaced by each alternative; empty without a quote."""
-    hit = next((hit for hit in match.hits if hit.quote and 0 <= hit.start < hit.end <= len(text)), None)
-    if hit is None:
-        return []
-    begin, stop = claim_span(text, hit.start, hit.end)
-    return [text[:begin] + other + text[stop:] for other in alternatives]
+def quoted(text: str, match: Match) -> Hit | None:
+    """The match's first hit whose quote stands in the text; None for a match on numbers alone."""
+    return next((hit for hit in match.hits if hit.quote and 0 <= hit.start < hit.end <= len(text)), None)
 
 
-def check_swaps(
-    matches: Sequence[Match], readings: Mapping[str, Reading], rules: Mapping[str, SwapRule], cosines: Cosines
-) -> dict[str, Support]:
-    """What the swap margin says of each match whose rule requires it.
+def claim_of(text: str, match: Match) -> tuple[int, int] | None:
+    """Where the match's claim stands: the sentence around its first quote."""
+    hit = quoted(text, match)
+    return None if hit is None else claim_span(text, hit.start, hit.end)
+
+
+def swapped(text: str, match: Match, alternatives: Sequence[str], *, negation: bool = False) -> list[str]:
+    """The explanation with the claim replaced by each alternative; empty without a quote.
 
     Args:
-        matches: candidates.
-        readings: by ``sample_id``; those without fidelity are left out (no AR, no margin).
-        rules: requirements, by rule id.
-        cosines: the AR; called once, with all texts.
+        text: the explanation.
+        match: whose first quote marks the claim.
+        alternatives: sentences; made (see ``made_alternatives``) when there are none.
+        negation: whether the claim's negation is among the made ones.
     """
-    jobs: list[tuple[Match, Reading, list[str]]] = []
-    for match in matches:
-        reading, rule = readings[match.sample_id], rules.get(match.rule_id)
-        if rule is not None and reading.fidelity is not None:
-            texts = swapped(reading.explanation.text, match, rule.alternatives)
-            if texts:
-                jobs.append((match, reading, texts))
-    if not jobs:
-        return {}
-    vectors = np.stack([reading.sample.vector for _, reading, texts in jobs for _ in texts])
-    scores = iter(cosines(vectors, [text for _, _, texts in jobs for text in texts]))
-    found = {}
-    for match, reading, texts in jobs:
-        best = max(next(scores) for _ in texts)
-        stated = reading.fidelity.cosine if reading.fidelity is not None else 0.0
-        margin = float(stated - best)
-        supported = margin >= rules[match.rule_id].least
-        failed = () if supported else ("swap_margin",)
-        found[match.match_id] = Support(match.match_id, supported, {"swap_margin": margin}, failed, score=margin)
+    span = claim_of(text, match)
+    if span is None:
+        return []
+    begin, stop = span
+    others = alternatives or made_alternatives(text[begin:stop], negation=negation)
+    return [_replaced(text, begin, stop, other) for other in others]
+
+
+def _replaced(text: str, begin: int, stop: int, other: str) -> str:
+    return text[:begin] + other + (text[stop:] if other else text[stop:].lstrip(" "))
+
+
+def swap_margin(stated: float, others: Sequence[float]) -> float:
+    """Cosine of the explanation as stated, less the best with an alternative in the claim's place."""
+    return stated - max(others)
+
+
+def sentences(text: str, most: int = MOST_SENTENCES) -> list[tuple[int, int]]:
+    """Start and end of every sentence or line that holds more than white space, in order; at most ``most + 1``."""
+    found: list[tuple[int, int]] = []
+    begin = 0
+    for boundary in _BOUNDARY.finditer(text):
+        _add(found, text, begin, boundary.start() + len(boundary[0].rstrip()))
+        begin = boundary.end()
+        if len(found) > most:
+            return found
+    _add(found, text, begin, len(text))
     return found
+
+
+def _add(found: list[tuple[int, int]], text: str, begin: int, stop: int) -> None:
+    part = text[begin:stop]
+    if part.strip():
+        found.append((begin + len(part) - len(part.lstrip()), begin + len(part.rstrip())))
+
+
+def ablated(text: str, match: Match) -> tuple[list[str], int] | None:
+    """The explanation without each of its sentences in turn, and which of them holds the claim.
+
+    None when there is no quote, fewer than two sentences, or more than ``MOST_SENTENCES``.
+    """
+    span, parts = claim_of(text, match), sentences(text)
+    if span is None or not 2 <= len(parts) <= MOST_SENTENCES:
+        return None
+    claim = next((number for number, (_, stop) in enumerate(parts) if stop > span[0]), len(parts) - 1)
+    return [_replaced(text, begin, stop, "") for begin, stop in parts], claim
+
+
+def ablation_rank(without: Sequence[float], claim: int) -> int:
+    """Rank of the claim's sentence by what dropping it costs: 1 costs the most cosine; ties share the better rank.
+
+    Args:
+        without: cosine of the explanation without each sentence.
+        claim: number of the claim's sentence.
+    """
+    return 1 + sum(cosine < without[claim] for cosine in without)

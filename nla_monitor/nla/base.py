@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,54 @@ class Verbalizer(Protocol):
         Raises:
             ActivationError: a vector is not finite, has zero norm or the wrong width (names the row).
         """
+        ...
+
+
+@runtime_checkable
+class Resampler(Protocol):
+    """What an AV can do beside greedy reading: draw other explanations. Without it there is no agreement control."""
+
+    def resample(
+        self, vectors: npt.NDArray[np.float32], seeds: Sequence[int], *, temperature: float = 1.0
+    ) -> list[Verbalization]:
+        """One drawn explanation for each of ``[batch, d_model]``, in order.
+
+        Args:
+            vectors: raw activations; repeat a row for several draws.
+            seeds: one per row; the same vector, seed and temperature give the same text in any batch.
+            temperature: of the softmax, above 0.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How one explanation might go on."""
+
+    start: str
+    """The explanation up to there, as in ``Verbalization.text``."""
+    options: tuple[str, ...]
+    """Texts that may follow at once, white space at their beginnings included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How probable an AV finds a continuation."""
+
+    logprob: float
+    """Natural logarithm of its probability, summed over its tokens."""
+    tokens: int
+    """How many tokens it was judged by."""
+
+
+@runtime_checkable
+class ClaimScorer(Protocol):
+    """What an AV can do beside writing: say how probable other words were. Without it there is no claim probability."""
+
+    def score_continuations(
+        self, vectors: npt.NDArray[np.float32], choices: Sequence[Choice]
+    ) -> list[list[Likelihood]]:
+        """For each of ``[batch, d_model]`` the likelihood of each option of its choice, in order."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts that differ in one embedding row.
+"""Decoding of many prompts that differ in one embedding row: greedily, or drawn with a seed of its own for each row.
 
 Everything before that row is the same for every vector: it runs once, at batch 1, and its KV is shared by the rows of
 every batch. What remains per vector is the row itself, the few tokens after it, and the explanation. Rows that have
@@ -7,8 +7,10 @@ ended leave the batch, so that one long explanation does not make the others wai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
@@ -18,6 +20,10 @@ from nla_monitor.nla.kv import share_prefix
 
 SHRINK_AT = 0.125
 """Share of ended rows at which they are taken out: each removal copies the KV of the others once."""
+
+
+Choose: TypeAlias = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""Next tokens ``[n]`` from logits ``[n, vocabulary]``, the numbers ``[n]`` of the rows, and the step."""
 
 
 class SharedPrefixDecoder:
@@ -60,25 +66,31 @@ class SharedPrefixDecoder:
         return torch.cat([injected, self._suffix.expand(len(rows), -1, -1)], dim=1)
 
     @torch.inference_mode()
-    def decode(self, rows: torch.Tensor) -> list[list[int]]:
-        """Greedy token ids for each row of ``[batch, d_model]``, its stop token included.
+    def decode(self, rows: torch.Tensor, choose: Choose | None = None, limit: int | None = None) -> list[list[int]]:
+        """Token ids for each row of ``[batch, d_model]``, its stop token included.
+
+        Args:
+            rows: what is injected.
+            choose: how the next token is chosen; the most probable one by default.
+            limit: cap for each row, at most ``max_new_tokens``.
 
         Raises:
             NonFiniteWeightsError: the first logits hold NaN or Inf.
         """
-        batch = len(rows)
-        output = torch.full((batch, self._max_new_tokens), -1, dtype=torch.long, device=rows.device)
+        batch, longest = len(rows), min(limit or self._max_new_tokens, self._max_new_tokens)
+        choose = choose or _most_probable
+        output = torch.full((batch, longest), -1, dtype=torch.long, device=rows.device)
         alive = torch.arange(batch, device=rows.device)
         cache = self._cache.rows(batch)
         logits = self._forward(cache, inputs_embeds=self._tail(rows))
         _check_finite(logits)
         ended = torch.zeros(batch, dtype=torch.bool, device=rows.device)
-        for step in range(self._max_new_tokens):
-            tokens = logits.argmax(dim=-1)
+        for step in range(longest):
+            tokens = choose(logits, alive, step)
             output[alive, step] = torch.where(ended, -1, tokens)
             ended |= torch.isin(tokens, self._stop)
             over = int(ended.sum())
-            if over == len(alive) or step + 1 == self._max_new_tokens:
+            if over == len(alive) or step + 1 == longest:
                 break
             if over >= SHRINK_AT * len(alive):
                 keep = (~ended).nonzero().squeeze(1)
@@ -94,6 +106,38 @@ class SharedPrefixDecoder:
             :, -1
         ]
         return logits
+
+
+def _most_probable(logits: torch.Tensor, _rows: torch.Tensor, _step: int) -> torch.Tensor:
+    return logits.argmax(dim=-1)
+
+
+class Draw:
+    """Chooses by chance: each row has its own stream of numbers, so that its batch changes nothing.
+
+    One uniform number a token, looked up in the cumulative distribution (inverse transform sampling). Streams are
+    numpy's Philox, keyed by the seed alone.
+
+    Args:
+        seeds: one per row.
+        temperature: of the softmax, above 0.
+        steps: how many tokens a row may get.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, steps: int) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; it must be above 0 (greedy reading is verbalize)")
+        rows = [np.random.Generator(np.random.Philox(key=seed)).random(steps) for seed in seeds]
+        self._uniform = torch.from_numpy(np.stack(rows))
+        self._temperature = temperature
+
+    def __call__(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        """Next tokens; see ``Choose``."""
+        shares = (logits.double() / self._temperature).softmax(dim=-1).cumsum(dim=-1)
+        wanted = self._uniform[rows.cpu(), step].to(shares).unsqueeze(1)
+        # The sum may end a rounding error below 1: scaled, so that the last token is the end of the range.
+        found = torch.searchsorted(shares, wanted * shares[:, -1:], right=True).squeeze(1)
+        return found.clamp(max=logits.shape[-1] - 1)
 
 
 def _check_finite(logits: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from nla_monitor.nla.base import Score
 from nla_monitor.nla.sidecar import Denominator, Sidecar
+from nla_monitor.records import Fidelity
 
 RELEASED_DENOMINATORS: dict[tuple[str, int], float] = {
     ("qwen2.5-7b-instruct", 20): 0.7335,
@@ -51,6 +52,12 @@ def score_of(cosine: float, denominator: Denominator | None) -> Score:
     if denominator is None:
         return Score(cosine, mse, None, None, None)
     return Score(cosine, mse, 1.0 - mse / denominator.value, denominator.value, denominator.name)
+
+
+def record_of(sample_id: str, score: Score, ar_hash: str) -> Fidelity:
+    """A score as the record of a sample."""
+    numbers = (score.cosine, score.mse_nrm, score.fve, score.denominator, score.denominator_name)
+    return Fidelity(sample_id, *numbers, ar_hash)
 
 
 def variance_denominator(vectors: npt.NDArray[Any], name: str) -> Denominator:

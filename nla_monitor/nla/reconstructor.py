@@ -138,17 +138,19 @@ class TransformersReconstructor:
         return [list(ids) for ids in encoded["input_ids"]]
 
     def reconstruct(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """``[batch, d_model]`` predicted directions (norm without meaning), in order.
+        """``[batch, d_model]`` predicted directions (norm without meaning), in order; a text that recurs is read once.
 
         Raises:
             NonFiniteWeightsError: a prediction holds NaN or Inf.
         """
-        result = np.zeros((len(texts), self.d_model), dtype=np.float32)
         if not texts:
-            return result
-        ids = self.token_ids(texts)
+            return np.zeros((0, self.d_model), dtype=np.float32)
+        place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        predicted = np.zeros((len(place), self.d_model), dtype=np.float32)
+        ids = self.token_ids(list(place))
         for rows in _buckets(ids, self.batch_size):
-            result[rows] = self._last_token([ids[row] for row in rows])
+            predicted[rows] = self._last_token([ids[row] for row in rows])
+        result = predicted[[place[text] for text in texts]]
         bad = int((~np.isfinite(result).all(axis=1)).sum())
         if bad:
             raise NonFiniteWeightsError(

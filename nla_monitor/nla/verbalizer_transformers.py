@@ -13,15 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla_monitor.config import NLAConfig
 from nla_monitor.errors import TokenizerContractError
-from nla_monitor.nla.base import Verbalization
+from nla_monitor.nla.base import Choice, Likelihood, Verbalization
 from nla_monitor.nla.checkpoint import content_hash, resolve_checkpoint
-from nla_monitor.nla.decoding import SharedPrefixDecoder
+from nla_monitor.nla.decoding import Draw, SharedPrefixDecoder
 from nla_monitor.nla.injection import Prompt, build_prompt, check_vectors, rescale
+from nla_monitor.nla.likelihood import ContinuationScorer
 from nla_monitor.nla.loading import embedding_weight, load_causal_lm, load_tokenizer
 from nla_monitor.nla.sidecar import Role, Sidecar, load_sidecar
 
 OPEN_TAG = "<explanation>"
 CLOSE_TAG = "</explanation>"
+_OPENING_TOKENS = 16
+"""Tokens in which an AV has written its opening tag, where it writes one."""
 
 
 def load_verbalizer(path: str | Path, config: NLAConfig) -> TransformersVerbalizer:
@@ -68,9 +71,11 @@ class TransformersVerbalizer:
         self.stop_ids = _stop_ids(model, tokenizer)
         _check_vocabulary(prompt.ids, model)
         self._silent = self.stop_ids - set(_closing_ids(tokenizer)) | _ids(tokenizer.pad_token_id)
+        self._max_new_tokens = config.max_new_tokens
         self._decoder = SharedPrefixDecoder(
             model, prompt, stop_ids=sorted(self.stop_ids), max_new_tokens=config.max_new_tokens
         )
+        self._scorer = ContinuationScorer(model, tokenizer, batch_size=config.batch_size)
 
     def verbalize(self, vectors: npt.NDArray[np.float32]) -> list[Verbalization]:
         """Greedy explanations of ``[batch, d_model]`` raw activations, in order, ``batch_size`` at a time.
@@ -86,6 +91,58 @@ class TransformersVerbalizer:
         rows = self._rows(vectors)
         chunks = torch.split(rows, self.batch_size) if len(rows) else ()
         return list(itertools.chain.from_iterable(map(self._decoder.decode, chunks)))
+
+    def resample(
+        self, vectors: npt.NDArray[np.float32], seeds: Sequence[int], *, temperature: float = 1.0
+    ) -> list[Verbalization]:
+        """One drawn explanation for each of ``[batch, d_model]``, in order, ``batch_size`` at a time.
+
+        Args:
+            vectors: raw activations; repeat a row for several draws.
+            seeds: one per row; the same vector, seed and temperature give the same text in any batch.
+            temperature: of the softmax, above 0.
+
+        Raises:
+            ActivationError: as ``verbalize``.
+            ValueError: there are not as many seeds as vectors, or the temperature is not above 0.
+        """
+        rows, found = self._rows(vectors), []
+        if len(rows) != len(seeds):
+            raise ValueError(f"{len(rows)} vectors but {len(seeds)} seeds: give one seed for each vector")
+        for start in range(0, len(rows), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            found += self._decoder.decode(rows[part], Draw(seeds[part], temperature, self._max_new_tokens))
+        return [self._verbalization(tokens) for tokens in found]
+
+    def score_continuations(
+        self, vectors: npt.NDArray[np.float32], choices: Sequence[Choice]
+    ) -> list[list[Likelihood]]:
+        """How probable each option is after its explanation's start, for each of ``[batch, d_model]``.
+
+        Teacher-forced: the start counts as written, with whatever this AV writes before the text (its opening tag).
+
+        Raises:
+            ActivationError: as ``verbalize``.
+            ValueError: there are not as many choices as vectors.
+        """
+        rows = self._rows(vectors)
+        if len(rows) != len(choices):
+            raise ValueError(f"{len(rows)} vectors but {len(choices)} choices: give one choice for each vector")
+        opened = [
+            Choice(opening + choice.start, choice.options)
+            for opening, choice in zip(self._openings(rows), choices, strict=True)
+        ]
+        return self._scorer.score(self._decoder.embeddings, rows, opened)
+
+    def _openings(self, rows: torch.Tensor) -> list[str]:
+        """What the AV writes before each explanation's text: white space, and the opening tag where it is generated."""
+        found = []
+        for chunk in torch.split(rows, self.batch_size) if len(rows) else ():
+            for tokens in self._decoder.decode(chunk, limit=_OPENING_TOKENS):
+                raw = str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+                before, tag, body = raw.partition(OPEN_TAG) if OPEN_TAG in raw else ("", "", raw)
+                found.append(before + tag + body[: len(body) - len(body.lstrip())])
+        return found
 
     def prompt_embeddings(self, vectors: npt.NDArray[np.float32]) -> torch.Tensor:
         """What the model reads for each vector, ``[batch, tokens, d_model]``: the prompt with its injected row.

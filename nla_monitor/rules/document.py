@@ -184,6 +184,15 @@ class _Builder:
 
     def _scalar(self, node: yaml.Node, path: Path) -> Any:
         try:
-            return self._scalars.construct_object(node)
+            value = self._scalars.construct_object(node)
         except (yaml.YAMLError, ValueError, TypeError) as error:
             raise BadDocument(f"{node.value!r} cannot be read: {error}", _line(node), path) from error
+        return _paired(value) if isinstance(value, str) and not value.isascii() else value
+
+
+def _paired(text: str) -> str:
+    """JSON writes characters beyond the basic plane as two escapes, which YAML reads as two halves: put together here.
+
+    A half without its other half, which no encoding has a place for, becomes U+FFFD.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

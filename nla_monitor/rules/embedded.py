@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from nla_monitor.errors import NLAMonitorError
 from nla_monitor.records import Match, Reading
-from nla_monitor.rules.evaluate import evaluate_rule
+from nla_monitor.rules.fields import variables
+from nla_monitor.rules.matchers import Text
 from nla_monitor.rules.problems import Path, dotted, line_of
 from nla_monitor.rules.rule import Rule, reading_of
 from nla_monitor.rules.schema import TestCase, WindowCase
@@ -47,16 +49,31 @@ def run_rule_tests(rule: Rule) -> list[RuleTestResult]:
 
 
 def _case(rule: Rule, kind: Kind, index: int, case: TestCase) -> RuleTestResult:
-    reading = reading_of(case, f"{kind}-{index}")
-    match = evaluate_rule(rule, reading)
+    match, unjudged = _judged(rule, case, f"{kind}-{index}")
     wanted = kind == "positive"
-    if (match is not None) == wanted:
+    if unjudged:
+        message = _undecided(unjudged)
+    elif (match is not None) == wanted:
         message = ""
     elif match is None:
         message = "should match and does not"
     else:
         message = f"should not match and does: {_said(match)}"
     return _result(rule, (kind, index), text=case.text, message=message, match=match)
+
+
+def _judged(rule: Rule, case: TestCase, sample_id: str) -> tuple[Match | None, Mapping[str, str]]:
+    reading = reading_of(case, sample_id)
+    try:
+        return rule.judged(reading, Text(case.text), lambda: variables(reading), case.given)
+    except NLAMonitorError as error:  # no extra, no model: the tests that need it fail, the others are still run
+        return None, {rule.specials[0].name: str(error)}
+
+
+def _undecided(unjudged: Mapping[str, str]) -> str:
+    """A test that hangs on what nobody could say is no test: it fails, and says what to write."""
+    name, why = next(iter(unjudged.items()))
+    return f"hangs on the selection {name!r}, which could not be looked at ({why}); write given: {{{name}: true}}"
 
 
 def _said(match: Match) -> str:
@@ -68,7 +85,9 @@ def _said(match: Match) -> str:
 
 def _window(rule: Rule, index: int, case: WindowCase) -> RuleTestResult:
     readings = [reading_of(item, f"window-{index}-{number}") for number, item in enumerate(case.readings)]
-    matches = [match for reading in readings if (match := evaluate_rule(rule, reading)) is not None]
+    judged = [_judged(rule, item, f"window-{index}-{number}") for number, item in enumerate(case.readings)]
+    matches = [match for match, _ in judged if match is not None]
+    unjudged = next((why for _, why in judged if why), None)
     step, now = _moment(case, readings)
     verdicts = [judge(rule.spec.window, group, step=step, now=now) for group in by_group(matches)]
     fires = any(verdict.firing for verdict in verdicts)
@@ -79,6 +98,8 @@ def _window(rule: Rule, index: int, case: WindowCase) -> RuleTestResult:
         if fires == case.fires
         else f"{wanted}: {len(matches)} matches, {best} distinct of {rule.spec.window.count} needed"
     )
+    if unjudged:
+        message = _undecided(unjudged)
     return _result(
         rule, ("window", index), text=case.readings[0].text, message=message, match=next(iter(matches), None)
     )

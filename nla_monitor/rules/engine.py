@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path as FilePath
 
 from nla_monitor.errors import RuleError
 from nla_monitor.records import Match, Reading, RuleHeader, WindowVerdict
 from nla_monitor.rules.embedded import RuleTestResult, run_rule_tests
-from nla_monitor.rules.evaluate import evaluate_rules
+from nla_monitor.rules.evaluate import evaluate_screened
 from nla_monitor.rules.loader import find_files, load_file
+from nla_monitor.rules.prefilter import Prefilter, Screened
 from nla_monitor.rules.problems import nearest
 from nla_monitor.rules.rule import Rule
-from nla_monitor.rules.window import judge, window_start
+from nla_monitor.rules.window import judge, next_change, window_start
 
 
 class RuleSet:
@@ -45,9 +47,26 @@ class RuleSet:
             raise RuleError(f"no rule is called {rule_id!r}; {nearest(rule_id, self._by_id)}")
         return self._by_id[rule_id]
 
-    def evaluate(self, readings: Sequence[Reading]) -> list[Match]:
-        """Matches of all rules, by reading and rule in the order given. Pure: same readings, same matches."""
-        return [match for reading in readings for match in evaluate_rules(self.rules, reading)]
+    def evaluate(self, readings: Sequence[Reading], screened: Sequence[Screened] | None = None) -> list[Match]:
+        """Matches of all rules, by reading and rule in the order given. Pure: same readings, same matches.
+
+        Args:
+            readings: what to look at.
+            screened: what a ``screening.ScreeningPool`` says of their explanations, where one was asked.
+        """
+        if screened is None:
+            return [match for reading in readings for match in evaluate_screened(self._prefilter, reading)]
+        pairs = zip(readings, screened, strict=True)
+        return [match for reading, seen in pairs for match in evaluate_screened(self._prefilter, reading, seen)]
+
+    @property
+    def regexes(self) -> tuple[str, ...]:
+        """All regular expressions, for a ``screening.ScreeningPool``."""
+        return self._prefilter.regexes
+
+    @cached_property
+    def _prefilter(self) -> Prefilter:
+        return Prefilter(self.rules)
 
     def window_start(self, rule_id: str, *, step: int | None, now: float) -> tuple[int | None, float | None]:
         """Which stored matches a verdict needs: those after this step, or else after this time (None: no bound)."""
@@ -56,6 +75,12 @@ class RuleSet:
     def window(self, rule_id: str, matches: Sequence[Match], *, step: int | None, now: float) -> WindowVerdict:
         """Whether the rule's window holds for the matches of one group at a moment. Pure; see ``window.judge``."""
         return judge(self.get(rule_id).spec.window, matches, step=step, now=now)
+
+    def next_change(
+        self, rule_id: str, matches: Sequence[Match], *, step: int | None, now: float
+    ) -> tuple[float, float]:
+        """The step and the time at which the window's verdict may next differ; see ``window.next_change``."""
+        return next_change(self.get(rule_id).spec.window, matches, step=step, now=now)
 
     def run_tests(self) -> list[RuleTestResult]:
         """The embedded tests of all rules."""

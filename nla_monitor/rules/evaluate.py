@@ -1,28 +1,56 @@
-"""Readings in, matches out: pure."""
+"""Readings in, matches out: pure.
+
+``evaluate_rules`` looks at every rule, ``evaluate_screened`` only at those that the prefilter leaves over: same result.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nla_monitor.records import Match, Reading
-from nla_monitor.rules.fields import variables
+from nla_monitor.rules.fields import variable
 from nla_monitor.rules.matchers import Text
+from nla_monitor.rules.prefilter import Prefilter, Screened
 from nla_monitor.rules.rule import Rule
 
 
 def evaluate_rules(rules: Iterable[Rule], reading: Reading) -> list[Match]:
     """Matches of one reading, in the order of the rules."""
-    text = Text(reading.explanation.text)
-
-    @cache
-    def known() -> Mapping[str, Any]:
-        return variables(reading)
-
+    text, known = Text(reading.explanation.text), _known(reading)
     return [match for rule in rules if (match := rule.match(reading, text, known)) is not None]
+
+
+def evaluate_screened(prefilter: Prefilter, reading: Reading, screened: Screened | None = None) -> list[Match]:
+    """Matches of one reading, in the order of the prefilter's rules."""
+    text, candidates = prefilter.look(reading.explanation.text, screened)
+    if not candidates:
+        return []
+    known = _known(reading)
+    return [
+        match
+        for candidate in candidates
+        if candidate.may_match(reading, known) and (match := candidate.rule.match(reading, text, known)) is not None
+    ]
 
 
 def evaluate_rule(rule: Rule, reading: Reading) -> Match | None:
     """The match of one rule with one reading, or None."""
     return next(iter(evaluate_rules([rule], reading)), None)
+
+
+def _known(reading: Reading) -> Callable[[], Mapping[str, Any]]:
+    found = _Variables(reading)
+    return lambda: found
+
+
+class _Variables(dict[str, Any]):
+    """``fields.variables`` of a reading, each made when it is asked for."""
+
+    def __init__(self, reading: Reading) -> None:
+        super().__init__()
+        self._reading = reading
+
+    def __missing__(self, name: str) -> Any:
+        value = self[name] = variable(name, self._reading)
+        return value

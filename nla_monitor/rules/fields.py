@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final, Literal
 
 from nla_monitor.records import AgentContext, Fidelity, Phase, Reading, Scalar
@@ -24,19 +25,11 @@ class Field:
 
 
 def _sample(name: str) -> Callable[[Reading], Scalar]:
-    def get(reading: Reading) -> Scalar:
-        value: Scalar = getattr(reading.sample, name)
-        return value
-
-    return get
+    return attrgetter(f"sample.{name}")
 
 
 def _explanation(name: str) -> Callable[[Reading], Scalar]:
-    def get(reading: Reading) -> Scalar:
-        value: Scalar = getattr(reading.explanation, name)
-        return value
-
-    return get
+    return attrgetter(f"explanation.{name}")
 
 
 def _fidelity(name: str) -> Callable[[Reading], Scalar]:
@@ -92,6 +85,10 @@ GROUP_KEYS: Final = (
 """What a window may be grouped by, beside ``meta.<key>``."""
 
 PREFIXES: Final = ("fidelity", "explanation", "agent", "meta")
+_MEMBERS: Final[Mapping[str, Mapping[str, Field]]] = {
+    prefix: {field.name.removeprefix(f"{prefix}."): field for field in _ALL if field.name.startswith(f"{prefix}.")}
+    for prefix in PREFIXES
+}
 TOP_LEVEL: Final = tuple(sorted({name.partition(".")[0] for name in FIELDS} | {"meta"}))
 """Names that a CEL condition may use beside the selections."""
 
@@ -110,16 +107,17 @@ def unknown_field(name: str, also: Iterable[str] = ()) -> str:
 
 def variables(reading: Reading) -> dict[str, Any]:
     """A reading as CEL sees it: known names always present (null where unknown), ``meta`` as it came."""
-    found: dict[str, Any] = {"meta": dict(reading.sample.attributes)}
-    for field in _ALL:
-        prefix, _, name = field.name.partition(".")
-        value = field.get(reading)
-        plain = value.value if isinstance(value, Phase) else value
-        if name:
-            found.setdefault(prefix, {})[name] = plain
-        else:
-            found[prefix] = plain
-    return found
+    return {name: variable(name, reading) for name in TOP_LEVEL}
+
+
+def variable(name: str, reading: Reading) -> Any:
+    """One of a reading's CEL variables, by its top-level name."""
+    if name == "meta":
+        return dict(reading.sample.attributes)
+    if name in PREFIXES:
+        return {member: field.get(reading) for member, field in _MEMBERS[name].items()}
+    value = FIELDS[name].get(reading)
+    return value.value if isinstance(value, Phase) else value
 
 
 def group_value(key: str, reading: Reading, rule_id: str) -> Scalar:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Final, Literal
 
-from nla_monitor.errors import RuleError
+from nla_monitor.errors import NLAMonitorError, RuleError
+from nla_monitor.rules.deferred import Special
 from nla_monitor.rules.embedded import run_rule_tests
 from nla_monitor.rules.fields import variables
 from nla_monitor.rules.loader import check_file, find_files
@@ -94,6 +95,9 @@ def _advice(rule: Rule) -> Iterator[Finding]:
     yield from _window(rule)
     yield from _detection(rule)
     yield from _keywords(rule)
+    yield from _dear(rule)
+    yield from _probes(rule)
+    yield from _evidence(rule)
 
 
 def _header(rule: Rule) -> Iterator[Finding]:
@@ -156,7 +160,8 @@ def _axes(rule: Rule, hold: Span, within: Span) -> Iterator[Finding]:
 
 def _detection(rule: Rule) -> Iterator[Finding]:
     bare = variables(reading_of(TestCase(text="words", fidelity=False, step=None), "lint"))
-    met = dict.fromkeys((selection.name for selection in rule.selections), True)
+    named = [name for name in rule.spec.detection if name != "condition"]
+    met = dict.fromkeys(named, True)
     if "meta" not in rule.condition.source and not rule.condition.decidable({**bare, **met}):
         yield _finding(
             rule,
@@ -165,13 +170,10 @@ def _detection(rule: Rule) -> Iterator[Finding]:
             "cannot be decided without an AR, a step or an agent and then never matches; compare with null first,"
             " or use 'field|gte|or_missing' in a selection",
         )
-    for selection in rule.selections:
-        if selection.name not in _names(rule):
+    for name in named:
+        if name not in _names(rule):
             yield _finding(
-                rule,
-                ("detection", selection.name),
-                "unused-selection",
-                f"selection {selection.name!r} is not used in the condition",
+                rule, ("detection", name), "unused-selection", f"selection {name!r} is not used in the condition"
             )
 
 
@@ -203,3 +205,85 @@ def _listed(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
     elif isinstance(value, Sequence):
         for index, item in enumerate(value):
             yield from _listed(item, (*path, index))
+
+
+def _dear(rule: Rule) -> Iterator[Finding]:
+    """Selections that ask a model: can it be asked here, and is it asked about few readings only?"""
+    for special in rule.specials:
+        for part in special.parts:
+            for question in part.questions:
+                try:
+                    question.oracle.check()
+                except NLAMonitorError as error:
+                    yield _finding(rule, _place(special), "cannot-ask", str(error))
+                if part.plain is None and part.probe is None and _asks_always(rule, special):
+                    yield _finding(
+                        rule,
+                        _place(special),
+                        f"unguarded-{question.oracle.kind}",
+                        "is asked about every reading; put keywords, a probe or a cheap selection before it"
+                        f" (claim && {special.name}), so that it sees candidates only",
+                    )
+
+
+def _place(special: Special) -> Path:
+    if special.name.startswith("exceptions["):
+        return ("exceptions", int(special.name.removeprefix("exceptions[").removesuffix("]")), "selection")
+    return ("detection", special.name)
+
+
+def _asks_always(rule: Rule, special: Special) -> bool:
+    """Whether a harmless reading would have it asked."""
+    harmless = reading_of(TestCase(text="The text is about the weather."), "lint")
+    asked = {id(question) for question, _ in rule.wanted(harmless)}
+    return any(id(question) in asked for question in special.questions)
+
+
+def _probes(rule: Rule) -> Iterator[Finding]:
+    for special in rule.specials:
+        for part in special.parts:
+            if part.probe is not None and part.probe.probe.layer is None:
+                yield _finding(
+                    rule,
+                    (*_place(special), "probe"),
+                    "probe-without-layer",
+                    "the probe file does not say which layer it was made on; activations of any layer are taken."
+                    " Write the metadata 'layer'",
+                )
+
+
+def _evidence(rule: Rule) -> Iterator[Finding]:
+    evidence, calibration = rule.spec.evidence, rule.spec.calibration
+    wants_words = any(test for selection in rule.selections for block in selection.blocks for test in block.texts)
+    if calibration is not None and calibration.score in {"swap_margin", "claim_probability"} and not wants_words:
+        yield _finding(
+            rule,
+            ("calibration", "score"),
+            "score-without-words",
+            f"{calibration.score} is measured on a quote, and no selection quotes words; use probe or matches",
+        )
+    if calibration is not None and calibration.score == "probe" and not rule.probes:
+        yield _finding(rule, ("calibration", "score"), "score-without-probe", "the rule has no probe to score by")
+    if wants_words and evidence.swap_margin is None and evidence.claim_probability is None:
+        yield _finding(
+            rule,
+            ("evidence",),
+            "no-evidence",
+            "neither swap_margin nor claim_probability is required: a confabulated claim counts like a true one",
+        )
+    yield from _alternatives(rule)
+
+
+def _alternatives(rule: Rule) -> Iterator[Finding]:
+    swap, claim = rule.spec.evidence.swap_margin, rule.spec.evidence.claim_probability
+    if swap is not None and not swap.alternatives:
+        yield _finding(
+            rule,
+            ("evidence", "swap_margin"),
+            "no-alternatives",
+            "no alternatives: they are made by negation, which an AR tells apart less well than what else could be so",
+        )
+    if claim is not None and not claim.alternatives and (swap is None or not swap.alternatives):
+        yield _finding(
+            rule, ("evidence", "claim_probability"), "no-alternatives", "no alternatives: they are made by negation"
+        )

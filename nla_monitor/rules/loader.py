@@ -11,10 +11,13 @@ from pydantic import BaseModel, ValidationError
 
 from nla_monitor.errors import RuleError
 from nla_monitor.rules.document import BadDocument, Document, parse_document, read_document
+from nla_monitor.rules.headers import adopt
 from nla_monitor.rules.problems import BadRule, Path, Problem, dotted, line_of, nearest
 from nla_monitor.rules.rule import Rule, compile_rule
 from nla_monitor.rules.schema import SECTIONS, RuleSpec, keys_of
 
+MAX_PROBLEMS: Final = 50
+"""Problems of one file that are explained."""
 SUFFIXES: Final = (".yaml", ".yml")
 _HINTS: Final = {
     "timeframe": "use window.within",
@@ -105,24 +108,23 @@ def _unwrap(rule: Rule | None, problems: Sequence[Problem]) -> Rule:
 
 
 def _check(document: Document, file: str) -> tuple[Rule | None, list[Problem]]:
-    _accept_level(document)
     try:
+        adopt(document)
         spec = RuleSpec.model_validate(document.data)
     except ValidationError as error:
         # Unknown keys first: a misspelt key is often why another one is missing.
         items = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-        return None, [_explain(item, document, file) for item in items]
+        return None, [_explain(item, document, file) for item in items[:MAX_PROBLEMS]]
+    except BadRule as error:
+        return None, [_located(error, document, file)]
     try:
         return compile_rule(spec, file, document.lines), []
     except BadRule as error:
-        return None, [Problem(file, line_of(document.lines, error.path), dotted(error.path) or None, error.message)]
+        return None, [_located(error, document, file)]
 
 
-def _accept_level(document: Document) -> None:
-    """Sigma says ``level``; with both given, ``level`` stays and is refused as unknown."""
-    if "level" in document.data and "severity" not in document.data:
-        document.data["severity"] = document.data.pop("level")
-        document.lines[("severity",)] = document.lines[("level",)]
+def _located(error: BadRule, document: Document, file: str) -> Problem:
+    return Problem(file, line_of(document.lines, error.path), dotted(error.path) or None, error.message)
 
 
 def _explain(item: Any, document: Document, file: str) -> Problem:
@@ -139,7 +141,7 @@ def _message(item: Any, path: Path) -> str:
         return f"unknown key {names[-1]!r}; {hint or nearest(names[-1], keys_of(section))}"
     if item["type"] == "missing":
         return f"{names[-1]!r} is missing{_WHY.get(names[-1], '')}"
-    if item["type"] in {"span", "exception", "severity"}:
+    if item["type"] in {"span", "exception", "severity", "response"}:
         return str(item["msg"])
     return f"{item['msg']}, found {_short(item['input'])}"
 

@@ -8,9 +8,10 @@ no step, ...) meets no comparison, unless ``|or_missing`` is added.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from nla_monitor.records import Hit, Phase, Reading, Scalar
 from nla_monitor.rules.fields import Field, find_field, unknown_field
@@ -22,10 +23,10 @@ TEXT_KEYS: Final = ("keywords", "keywords|all", "regex", "regex|all")
 GUARD_KEYS: Final = ("negation", "quotes", "mentions")
 _GUARD_VALUES: Final = {"respect": True, "ignore": False}
 _ORDER: Final[dict[str, Callable[[float, float], bool]]] = {
-    "gt": lambda value, limit: value > limit,
-    "gte": lambda value, limit: value >= limit,
-    "lt": lambda value, limit: value < limit,
-    "lte": lambda value, limit: value <= limit,
+    "gt": operator.gt,
+    "gte": operator.ge,
+    "lt": operator.lt,
+    "lte": operator.le,
 }
 _TEXTUAL: Final[dict[str, Callable[[str, str], bool]]] = {
     "contains": lambda value, part: part in value,
@@ -36,13 +37,32 @@ MODIFIERS: Final = (*_ORDER, *_TEXTUAL, "not", "re", "exists", "or_missing")
 
 
 class Text:
-    """An explanation with its guards' bookkeeping, shared by all rules that look at it."""
+    """An explanation with its guards' bookkeeping and what was found in it, shared by all rules that look at it."""
 
-    __slots__ = ("scope", "text")
+    __slots__ = ("_found", "_possible", "_screened", "scope", "text")
 
     def __init__(self, text: str) -> None:
         self.text = readable(text)
         self.scope = Scope(self.text)
+        self._screened: frozenset[int] = frozenset()
+        self._possible: frozenset[int] = frozenset()
+        self._found: dict[int, list[tuple[int, int]]] = {}
+
+    def tell(self, screened: frozenset[int], possible: frozenset[int]) -> None:
+        """Of the ``screened`` tests (by ``id``) only the ``possible`` ones can hold here; the others are not run."""
+        self._screened = screened
+        self._possible = possible
+
+    def spans(self, test: TextTest) -> list[tuple[int, int]]:
+        """Claimed stretches that meet a test, found once."""
+        key = id(test)
+        if key not in self._screened:  # a test of another set of rules: its id may come back with another's
+            return test.search(self)
+        if key not in self._possible:
+            return []
+        if (found := self._found.get(key)) is None:
+            found = self._found[key] = test.search(self)
+        return found
 
 
 Test = Callable[[Scalar], bool]
@@ -71,7 +91,7 @@ class TextTest:
     screen: Screen | None = None
     """One search that says whether any pattern can match at all; most texts stop there."""
 
-    def spans(self, text: Text) -> list[tuple[int, int]]:
+    def search(self, text: Text) -> list[tuple[int, int]]:
         """Claimed stretches; empty where the test does not hold."""
         if self.screen is not None and not self.screen.may_match(text.text):
             return []
@@ -97,7 +117,7 @@ class Block:
             return None  # the cheap tests first
         found: list[tuple[int, int]] = []
         for test in self.texts:
-            spans = test.spans(text)
+            spans = text.spans(test)
             if not spans:
                 return None
             found += spans
@@ -143,7 +163,7 @@ def compile_selection(name: str, spec: Any, path: Path) -> Selection:
 
 
 def _block(spec: Mapping[str, Any], path: Path) -> Block:
-    guards = _guards(spec, path)
+    guards = guards_of(spec, path)
     texts, comparisons = [], []
     for key, value in spec.items():
         if key in GUARD_KEYS:
@@ -159,11 +179,16 @@ def _block(spec: Mapping[str, Any], path: Path) -> Block:
     return Block(tuple(comparisons), tuple(texts))
 
 
-def _guards(spec: Mapping[str, Any], path: Path) -> Guards:
+def guards_of(spec: Mapping[str, Any], path: Path) -> Guards:
+    """Which guards a block switches off.
+
+    Raises:
+        BadRule: neither ``respect`` nor ``ignore``.
+    """
     chosen = {}
     for key in GUARD_KEYS:
         value = spec.get(key, "respect")
-        if value not in _GUARD_VALUES:
+        if not isinstance(value, str) or value not in _GUARD_VALUES:
             raise BadRule((*path, key), f"{value!r} is neither 'respect' nor 'ignore'")
         chosen[key] = _GUARD_VALUES[value]
     return Guards(**chosen)
@@ -236,6 +261,8 @@ def _ordered(field: Field, modifier: str, value: Any, path: Path) -> Test:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadRule(path, f"{modifier} takes a number, found {value!r}")
     compare = _ORDER[modifier]
+    if field.kind == "number":
+        return cast("Test", lambda found: compare(found, value))
     return lambda found: isinstance(found, int | float) and not isinstance(found, bool) and compare(found, value)
 
 

@@ -22,6 +22,7 @@ _MAX_MEMORY: Final = 64 << 20
 _GAP: Final = r"[\s*_\-\x{2010}-\x{2014}\"'`\x{2018}-\x{201D}]+"
 _NOT_WORD: Final = r"[^\p{L}\p{M}\p{N}_]"
 _SURROGATES: Final = re.compile("[\ud800-\udfff]")
+_RUN: Final = re.compile(r"[!-&(-~]+")
 _NAMED: Final = re.compile(r"\(\?P?<\w+>")
 _LOOKAROUND: Final = re.compile(r"\(\?<?[=!]")
 
@@ -46,14 +47,19 @@ def compile_re2(pattern: str, path: Path) -> Any:
 
 
 def _compile(pattern: str, path: Path, complaint: str, *, hint: str = "") -> Any:
+    try:
+        return re2.compile(pattern, re2_options())
+    except re2.error as error:
+        raise BadRule(path, f"{complaint}: {_reason(error)}{hint}") from error
+
+
+def re2_options() -> Any:
+    """How every pattern is compiled: without case, bounded in memory, silent."""
     options = re2.Options()
     options.case_sensitive = False
     options.log_errors = False
     options.max_mem = _MAX_MEMORY
-    try:
-        return re2.compile(pattern, options)
-    except re2.error as error:
-        raise BadRule(path, f"{complaint}: {_reason(error)}{hint}") from error
+    return options
 
 
 def _reason(error: Exception) -> str:
@@ -71,12 +77,24 @@ class TextPattern:
     """One pattern with its guards; yields the stretches of a text that it claims.
 
     A group named ``quote`` (or group 1 of a keyword list) is the stretch that counts; without one, the whole hit.
+
+    Args:
+        compiled: the RE2 pattern.
+        guards: what a hit must pass.
+        group: the group that counts.
+        source: the pattern as text.
+        literals: of a keyword list: per phrase, what stands in every text that holds it, in lower case (empty: nothing
+            is known); None for a regular expression.
     """
 
-    def __init__(self, compiled: Any, guards: Guards, group: int) -> None:
+    def __init__(
+        self, compiled: Any, guards: Guards, group: int, source: str, literals: tuple[str, ...] | None = None
+    ) -> None:
         self._compiled = compiled
         self._guards = guards
         self._group = group
+        self.source = source
+        self.literals = literals
 
     def hits(self, text: str, scope: Scope) -> Iterator[tuple[int, int]]:
         """Spans of claimed hits, in order, at most ``MAX_HITS``."""
@@ -107,9 +125,10 @@ def keyword_pattern(words: Sequence[str], guards: Guards, path: Path) -> TextPat
     ordered = sorted(range(len(words)), key=lambda index: -len(words[index]))
     choices = "|".join(_phrase(words[index], (*path, index)) for index in ordered)
     complaint = "these keywords are too many for one selection; split it"
-    compiled = _compile(rf"(?:\A|{_NOT_WORD})({choices})(?:\z|{_NOT_WORD})", path, complaint)
+    source = rf"(?:\A|{_NOT_WORD})({choices})(?:\z|{_NOT_WORD})"
+    compiled = _compile(source, path, complaint)
     # A phrase holds no words but its own, so a negation inside a hit is always the phrase's.
-    return TextPattern(compiled, replace(guards, own_negation=True), 1)
+    return TextPattern(compiled, replace(guards, own_negation=True), 1, source, tuple(map(_literal, words)))
 
 
 def _phrase(phrase: str, path: Path) -> str:
@@ -117,6 +136,15 @@ def _phrase(phrase: str, path: Path) -> str:
     if not any(char.isalnum() for char in phrase):
         raise BadRule(path, f"keyword {phrase!r} holds no letter or digit")
     return _GAP.join(_word(part) for part in parts)
+
+
+def _literal(phrase: str) -> str:
+    """The longest run of a phrase that stands in every text that holds it, in lower case.
+
+    ASCII only: which other letters RE2 takes for the same is its own affair. Apostrophes have two forms, gaps many.
+    """
+    parts = (part.strip("*") for part in re.split(r"[\s\-]+", phrase))
+    return max((run for part in parts for run in _RUN.findall(part)), key=len, default="").lower()
 
 
 def _word(part: str) -> str:
@@ -137,7 +165,7 @@ def regex_pattern(pattern: str, guards: Guards, path: Path) -> TextPattern:
     """
     compiled = compile_re2(pattern, path)
     own = replace(guards, own_negation=holds_negation(pattern))
-    return TextPattern(compiled, own, compiled.groupindex.get("quote", 0))
+    return TextPattern(compiled, own, compiled.groupindex.get("quote", 0), pattern)
 
 
 class Screen:

@@ -6,8 +6,9 @@ Shape only. What a selection, a condition or a pattern means is checked where it
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictInt, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,7 +17,7 @@ from nla_monitor.records import Phase, Scalar, Severity
 from nla_monitor.rules.calibration_schema import CalibrationSpec
 from nla_monitor.rules.evidence_schema import CONTROLS, Evidence
 from nla_monitor.rules.problems import nearest
-from nla_monitor.rules.section import Section, one_is_a_list
+from nla_monitor.rules.section import Section, Texts, one_is_a_list
 
 ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MAX_COUNT: Final = 100_000
@@ -39,6 +40,7 @@ _UNITS: Final = {
 }
 _PARTS: Final = re.compile(r"\s*(?:,|\band\b|\bor\b)\s*")
 _LEVELS: Final = {"informational": "info"}
+_LEVEL_NAMES = (*Severity, *_LEVELS)
 
 
 def _span(value: object) -> object:
@@ -75,7 +77,7 @@ class Span(Section):
         return self
 
 
-SpanField = Annotated[Span, BeforeValidator(_span)]
+SpanField = Annotated[Span, BeforeValidator(_span, json_schema_input_type=Span | str)]
 
 
 class LogSource(Section):
@@ -84,6 +86,7 @@ class LogSource(Section):
     product: Literal["nla"] = "nla"
     category: Literal["activation_explanation"] = "activation_explanation"
     service: str | None = None
+    definition: str | None = None
 
 
 class Window(Section):
@@ -152,6 +155,9 @@ class TestCase(Section):
     tokens: StrictInt = Field(40, ge=0)
     agent: AgentCase | None = None
     meta: dict[str, Scalar] = Field(default_factory=dict)
+    given: dict[str, StrictBool] = Field(
+        default_factory=dict, description="what probe, semantic and judge selections say in this test, by name"
+    )
     note: str | None = None
 
 
@@ -159,7 +165,7 @@ def _text_is_a_case(value: object) -> object:
     return {"text": value} if isinstance(value, str) else value
 
 
-CaseField = Annotated[TestCase, BeforeValidator(_text_is_a_case)]
+CaseField = Annotated[TestCase, BeforeValidator(_text_is_a_case, json_schema_input_type=TestCase | str)]
 
 
 class Moment(Section):
@@ -205,38 +211,93 @@ def _condition_text(value: object) -> object:
 Response = Literal["log", "webhook", "tag", "stop"]
 """``log``, ``webhook``: tell these sinks only. ``tag``: mark the agent's run. ``stop``: ask the trainer to stop."""
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(one_is_a_list)]
+
+def _responses(value: object) -> object:
+    """Our own list as a tuple; ATR's mapping as it is."""
+    if isinstance(value, dict):
+        return value
+    found = one_is_a_list(value)
+    if not isinstance(found, list | tuple):
+        raise PydanticCustomError("response", "must be a list of log, webhook, tag, stop, or ATR's mapping")
+    for item in found:
+        if item not in get_args(Response):
+            hint = nearest(str(item), get_args(Response))
+            raise PydanticCustomError("response", "{value} is no response; {hint}", {"value": repr(item), "hint": hint})
+    return tuple(found)
 
 
-class RuleSpec(Section):
-    """One rule file, as written."""
+ResponseField = Annotated[
+    tuple[Response, ...] | dict[str, Any],
+    BeforeValidator(_responses, json_schema_input_type=Response | list[Response] | dict[str, Any]),
+]
+TextsOrMapping = Annotated[
+    tuple[str, ...] | dict[str, Any],
+    BeforeValidator(one_is_a_list, json_schema_input_type=str | list[str] | dict[str, Any]),
+]
+"""Sigma's list, or ATR's mapping by kind."""
+Exceptions = tuple[
+    Annotated[ExceptionSpec, BeforeValidator(_condition_text, json_schema_input_type=ExceptionSpec | str)], ...
+]
 
-    title: str = Field(min_length=1, max_length=256)
-    id: str = Field(pattern=ID_PATTERN)
-    severity: Annotated[Severity, BeforeValidator(_level)]
-    detection: dict[str, Any]
-    tests: Tests
-    window: Window = Field(default_factory=Window)
-    exceptions: tuple[Annotated[ExceptionSpec, BeforeValidator(_condition_text)], ...] = ()
-    evidence: Evidence = Field(default_factory=Evidence)
-    calibration: CalibrationSpec | None = None
-    response: Annotated[tuple[Response, ...], BeforeValidator(one_is_a_list)] | None = Field(
-        None, description="what an alert of this rule may set off; by default what the config says for its severity"
-    )
-    logsource: LogSource = Field(default_factory=LogSource)
-    status: Literal["stable", "test", "experimental", "deprecated", "unsupported"] = "experimental"
+
+class Header(Section):
+    """What a rule says of itself: the headers of Sigma 2.1 and of ATR 1.0, unchanged, decide nothing."""
+
+    status: Literal["draft", "stable", "test", "experimental", "deprecated", "unsupported"] = "experimental"
     description: str | None = None
-    runbook: str | None = None
+    runbook: str | None = Field(None, description="what to check when it fires, and how to label it")
     author: str | None = None
     date: str | None = None
     modified: str | None = None
-    references: Texts = ()
-    tags: Texts = ()
+    references: TextsOrMapping = ()
+    tags: TextsOrMapping = ()
     falsepositives: Texts = ()
     related: tuple[dict[str, str], ...] = ()
     license: str | None = None
     name: str | None = None
     taxonomy: str | None = None
+    fields: Texts = Field((), description="Sigma: fields of interest to the analyst")
+    scope: Texts = Field((), description="Sigma: intended scope")
+    schema_version: str | float | None = Field(None, description="ATR: version of its schema")
+    rule_version: StrictInt | None = Field(None, description="ATR: number of the rule's version; ours is its hash")
+    maturity: str | None = Field(None, description="ATR")
+    detection_tier: str | None = Field(None, description="ATR")
+    confidence: str | float | None = Field(None, description="ATR: of the engine, 0 to 100")
+    agent_source: dict[str, Any] | None = Field(None, description="ATR: what the rule was written for")
+    compliance: dict[str, Any] | None = Field(None, description="ATR: mappings to frameworks")
+    provenance: dict[str, Any] | None = Field(None, description="ATR: producer")
+    lifecycle: dict[str, Any] | None = Field(None, description="ATR: review")
+    test_cases: dict[str, Any] | None = Field(None, description="ATR: become `tests` where there are none")
+    evasion_tests: tuple[dict[str, Any], ...] | None = Field(None, description="ATR: known ways around it")
+    imported: dict[str, Any] | None = Field(None, description="what `rules import` replaced: logsource and standard")
+
+
+class RuleSpec(Header):
+    """One rule file, as written."""
+
+    title: str = Field(min_length=1, max_length=256)
+    id: str = Field(pattern=ID_PATTERN)
+    severity: Annotated[Severity, BeforeValidator(_level, json_schema_input_type=Literal[_LEVEL_NAMES])]
+    detection: dict[str, Any]
+    tests: Tests
+    window: Window = Field(default_factory=Window)
+    exceptions: Exceptions = ()
+    evidence: Evidence = Field(default_factory=Evidence)
+    calibration: CalibrationSpec | None = None
+    response: ResponseField | None = Field(
+        None, description="what an alert of this rule may set off; by default what the config says for its severity"
+    )
+    logsource: LogSource = Field(default_factory=LogSource)
+
+    def source(self) -> str:
+        """The rule as text that can be loaded again (JSON, which is YAML), to keep with its version."""
+        # ASCII with escapes: YAML refuses some characters that are fine in a text, unless they are escaped.
+        return json.dumps(self.model_dump(mode="json", by_alias=True, exclude_defaults=True))
+
+    @property
+    def responses(self) -> tuple[Response, ...] | None:
+        """What an alert may set off; None: what the config says (ATR's mapping is kept, and asks nothing of us)."""
+        return None if isinstance(self.response, dict) else self.response
 
 
 SECTIONS: Final[dict[tuple[str, ...], type[BaseModel]]] = {

@@ -98,6 +98,11 @@ def holds_negation(pattern: str) -> bool:
     return bool(NEGATION.search(re.sub(r"\\[a-zA-Z]|[\\()\[\]?:|*+{}0-9,]", " ", pattern)))
 
 
+def quotations(text: str) -> list[tuple[int, int]]:
+    """Start and end of what stands inside quotation marks or back-ticks, in order."""
+    return [hit.span() for hit in _QUOTED.finditer(text)]
+
+
 class Scope:
     """One explanation, asked whether a stretch of it is claimed or merely said."""
 
@@ -117,7 +122,7 @@ class Scope:
 
     @cached_property
     def _quotes(self) -> list[tuple[int, int]]:
-        return [hit.span() for hit in _QUOTED.finditer(self._text)]
+        return quotations(self._text)
 
     def _quoted(self, start: int, end: int) -> bool:
         index = bisect_right(self._quotes, (start, len(self._text) + 1)) - 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Section(BaseModel):
@@ -14,3 +16,7 @@ class Section(BaseModel):
 def one_is_a_list(value: object) -> object:
     """A single text where a list of texts may stand."""
     return (value,) if isinstance(value, str) else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(one_is_a_list, json_schema_input_type=str | list[str])]
+"""A list of texts; a single text stands for a list of one."""

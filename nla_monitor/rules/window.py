@@ -8,6 +8,7 @@ don't matter, and one more match never turns a firing window off.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nla_monitor.rules.schema import Span, Window
 
 DEFAULT_SECONDS: Final = 600.0
 """Used for matches without a step where the rule names steps only: agents have no steps."""
+_ROUNDING: Final = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,24 @@ def judge(window: Window, matches: Sequence[Match], *, step: int | None, now: fl
             _verdict(window, _time_axis(window, now), [_Event(m.captured_at, _key(window, m), m) for m in timed])
         )
     return max(verdicts, key=lambda verdict: (verdict.firing, verdict.distinct))
+
+
+def next_change(window: Window, matches: Sequence[Match], *, step: int | None, now: float) -> tuple[float, float]:
+    """The next step, and the next time, at which the verdict on these matches may differ without a further match.
+
+    A verdict changes only where a match enters or leaves the window or its ``for`` span. Infinity: it does not.
+    """
+    stepped = [float(match.step or 0) for match in matches if _counts_steps(window, match)]
+    timed = [match.captured_at for match in matches if not _counts_steps(window, match)]
+    newest = max(stepped, default=0.0)
+    steps = _next(_step_axis(window, int(newest) if step is None else step), stepped)
+    # Sums of times may be rounded: a little early is as good.
+    return steps, _next(_time_axis(window, now), timed) - _ROUNDING
+
+
+def _next(axis: _Axis, moments: Sequence[float]) -> float:
+    spans = {0.0, axis.hold} if axis.within is None else {0.0, axis.hold, axis.within, axis.within + axis.hold}
+    return min((at + span for at in moments for span in spans if at + span > axis.now), default=math.inf)
 
 
 def window_start(window: Window, *, step: int | None, now: float) -> tuple[int | None, float | None]:

@@ -28,6 +28,7 @@ from nla_monitor.records import (
     Severity,
     Support,
     TriageState,
+    Vector,
 )
 
 Row: TypeAlias = Mapping[Any, Any]
@@ -115,23 +116,28 @@ def sample_of(row: Row) -> ActivationSample:
     norm = row["norm"]
     return ActivationSample(
         **fields,
-        vector=_vector(row),
+        vector=stored_vector(row["sample_id"], row["vector"], row["dtype"], row["d_model"], row["checksum"]),
         norm=math.nan if norm is None else norm,
         agent=agent_of(row),
         attributes=row["attributes"],
     )
 
 
-def _vector(row: Row) -> np.ndarray[Any, np.dtype[np.float32]]:
-    data = bytes(row["vector"])
-    if row["dtype"] != DTYPE or len(data) != 4 * row["d_model"]:
+def stored_vector(sample_id: str, stored: bytes, dtype: str, d_model: int, checksum: int) -> Vector:
+    """The vector of a sample's columns.
+
+    Raises:
+        ActivationError: the stored bytes do not fit their width or checksum.
+    """
+    data = bytes(stored)
+    if dtype != DTYPE or len(data) != 4 * d_model:
         raise ActivationError(
-            f"stored vector of sample {row['sample_id']}: {len(data)} bytes of {row['dtype']} do not make "
-            f"{row['d_model']} x {DTYPE}; the database was changed by something else"
+            f"stored vector of sample {sample_id}: {len(data)} bytes of {dtype} do not make "
+            f"{d_model} x {DTYPE}; the database was changed by something else"
         )
-    if zlib.crc32(data) != row["checksum"]:
+    if zlib.crc32(data) != checksum:
         raise ActivationError(
-            f"stored vector of sample {row['sample_id']}: CRC-32 is {zlib.crc32(data)}, not {row['checksum']}; "
+            f"stored vector of sample {sample_id}: CRC-32 is {zlib.crc32(data)}, not {checksum}; "
             "the disk or the database damaged it"
         )
     # A copy in the machine's byte order, which the caller may write to.

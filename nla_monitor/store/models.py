@@ -146,7 +146,32 @@ class ReadingRow(Base):
     """Explanation and fidelity of a sample by one AV. Run, step, phase and time are repeated for cheap counting."""
 
     __tablename__ = "nla_readings"
-    __table_args__ = (Index(None, "run_id", "step"), Index(None, "run_id", "captured_at"))
+    __table_args__ = (Index(None, "run_id", "step"), Index(None, "run_id", "captured_at"), Index(None, "run_id", "seq"))
+
+    sample_id: Mapped[str] = mapped_column(ForeignKey("nla_samples.sample_id", ondelete="CASCADE"), primary_key=True)
+    av_hash: Mapped[str] = mapped_column(primary_key=True)
+    run_id: Mapped[str]
+    seq: Mapped[int]
+    """Place in the order in which the run's readings were judged, from 0: a replay must see the same."""
+    step: Mapped[int | None]
+    captured_at: Mapped[float]
+    explanation: Mapped[str] = mapped_column(Text)
+    truncated: Mapped[bool]
+    tokens: Mapped[int] = mapped_column(Integer)
+    ar_hash: Mapped[str | None]
+    """NULL: no AR was configured, the reading has no fidelity."""
+    cosine: Mapped[float | None]
+    mse_nrm: Mapped[float | None]
+    fve: Mapped[float | None]
+    denominator: Mapped[float | None]
+    denominator_name: Mapped[str | None]
+    created_at: Mapped[float]
+
+
+class RereadingRow(Base):
+    """A stored vector read again by another AV, for replays only: windows, reports and live alerts never look here."""
+
+    __tablename__ = "nla_rereadings"
 
     sample_id: Mapped[str] = mapped_column(ForeignKey("nla_samples.sample_id", ondelete="CASCADE"), primary_key=True)
     av_hash: Mapped[str] = mapped_column(primary_key=True)
@@ -157,7 +182,6 @@ class ReadingRow(Base):
     truncated: Mapped[bool]
     tokens: Mapped[int] = mapped_column(Integer)
     ar_hash: Mapped[str | None]
-    """NULL: no AR was configured, the reading has no fidelity."""
     cosine: Mapped[float | None]
     mse_nrm: Mapped[float | None]
     fve: Mapped[float | None]
@@ -304,6 +328,7 @@ class CalibrationRow(Base):
     __table_args__ = (Index(None, "rule_id", "rule_version", "set_name"),)
 
     calibration_id: Mapped[str] = mapped_column(primary_key=True)
+    """Hash of all the rest but the time: calibrating again on the same data changes nothing."""
     rule_id: Mapped[str]
     rule_version: Mapped[str]
     set_name: Mapped[str]
@@ -312,9 +337,63 @@ class CalibrationRow(Base):
     ar_hash: Mapped[str | None]
     sequences: Mapped[int]
     """How many benign sequences stand behind it."""
+    sampling: Mapped[dict[str, Any]] = mapped_column(Document)
+    """How the baseline's tokens were sampled; it speaks of runs sampled alike only."""
     figures: Mapped[dict[str, Any]] = mapped_column(Document)
-    """Scores, thresholds, bounds, base rates and the reference of the drift test."""
+    """What the rule asked for, the scores, and the reference of the drift tests."""
     created_at: Mapped[float]
+
+
+class UnitRow(Base):
+    """One sequence of a run that is held against calibrations: a text at one step, or one call of an agent."""
+
+    __tablename__ = "nla_units"
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    unit: Mapped[str] = mapped_column(primary_key=True)
+    worst_cosine: Mapped[float | None]
+    """Lowest fidelity so far; null: read without an AR."""
+
+
+class UnitMatchRow(Base):
+    """What one rule found in such a sequence so far."""
+
+    __tablename__ = "nla_unit_matches"
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    rule_id: Mapped[str] = mapped_column(primary_key=True)
+    rule_version: Mapped[str] = mapped_column(primary_key=True)
+    unit: Mapped[str] = mapped_column(primary_key=True)
+    supported: Mapped[bool]
+    """A match that no control refuted."""
+    refuted: Mapped[bool]
+    """A match that a control refuted."""
+    unscored: Mapped[bool]
+    """A supported match whose score could not be measured."""
+    score: Mapped[float | None]
+    """Largest score of its supported matches."""
+
+
+class TallyRow(Base):
+    """One run against one calibration: the counts behind the run-level alarm and the drift tests."""
+
+    __tablename__ = "nla_tallies"
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    calibration_id: Mapped[str] = mapped_column(primary_key=True)
+    sequences: Mapped[int]
+    matching: Mapped[int]
+    hits: Mapped[int]
+    refuted: Mapped[int]
+    measured: Mapped[int]
+    low: Mapped[int]
+    alarm_step: Mapped[int | None]
+    alarm_at: Mapped[float | None]
+    """Null: the run-level test has not fired."""
+    void_step: Mapped[int | None]
+    void_at: Mapped[float | None]
+    void_by: Mapped[str | None]
+    """What drifted; null: the calibration stands."""
 
 
 class JudgementRow(Base):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import time
@@ -9,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Engine, insert, update
+from sqlalchemy import Engine, and_, insert, select, update
 
 from nla_monitor.errors import StoreError
 from nla_monitor.records import Alert, RuleHeader, RunInfo, TriageState
 from nla_monitor.store.codec import clean, run_row
-from nla_monitor.store.dialect import insert_new, upsert
+from nla_monitor.store.dialect import insert_new, serialize, upsert
 from nla_monitor.store.engine import write
-from nla_monitor.store.models import AlertRow, DropRow, LabelRow, RuleRow, RunRow, WorkerRow
+from nla_monitor.store.models import AlertRow, DropRow, LabelRow, OutboxRow, RuleRow, RunRow, WorkerRow
 from nla_monitor.store.outbox import Outbox
 from nla_monitor.store.queries import Reader
 from nla_monitor.store.transaction import WorkerTransaction
@@ -126,6 +127,28 @@ class Repository(Reader, Outbox):
         if labelled is None:
             raise StoreError(f"alert {found.alert_id!r} was deleted while it was labelled")
         return labelled
+
+    def add_evidence(self, alert: Alert, evidence: Mapping[str, Any]) -> Alert:
+        """Complete the evidence of an alert that is stored already; what is not named stays as it is.
+
+        A sink that has not been told of the alert yet gets it with the new evidence.
+
+        Raises:
+            StoreUnavailableError: the database cannot be written.
+        """
+        mine = AlertRow.alert_id == alert.alert_id
+        with write(self._engine) as connection:
+            serialize(connection, [alert.run_id])
+            known = connection.execute(select(AlertRow.evidence).where(mine)).scalar_one_or_none() or {}
+            told = {**known, **clean(evidence)}
+            connection.execute(update(AlertRow).where(mine).values(evidence=told))
+            waiting = and_(OutboxRow.alert_id == alert.alert_id, OutboxRow.state == "pending")
+            for row in connection.execute(select(OutboxRow.outbox_id, OutboxRow.payload).where(waiting)).all():
+                payload = row.payload | {"evidence": {**row.payload["evidence"], **clean(evidence)}}
+                connection.execute(
+                    update(OutboxRow).where(OutboxRow.outbox_id == row.outbox_id).values(payload=payload)
+                )
+        return dataclasses.replace(alert, evidence=told)
 
     def heartbeat(self, worker_id: str, started_at: float, info: Mapping[str, Any] | None = None) -> None:
         """Note that this process's worker is alive."""

@@ -9,7 +9,17 @@ from typing import Final
 from sqlalchemy import Connection, Engine, Select, delete, exists, func, select
 
 from nla_monitor.store.engine import read, write
-from nla_monitor.store.models import AlertMatchRow, AlertRow, MatchRow, OutboxRow, ReadingRow, SampleRow, SpoolRow
+from nla_monitor.store.models import (
+    AlertMatchRow,
+    AlertRow,
+    MatchRow,
+    OutboxRow,
+    ReadingRow,
+    SampleRow,
+    SpoolRow,
+    UnitMatchRow,
+    UnitRow,
+)
 
 _CHUNK: Final = 1000
 """Samples per transaction: the host's writes get their turn in between."""
@@ -54,8 +64,16 @@ def prune(engine: Engine, before: float, *, dry_run: bool = False) -> Pruned:
                 delivered = connection.execute(
                     delete(OutboxRow).where(OutboxRow.state == "done", OutboxRow.done_at < before)
                 ).rowcount
+                _forget_units(connection)
                 return replace(total, outbox=delivered)
         time.sleep(0)
+
+
+def _forget_units(connection: Connection) -> None:
+    """Sequences of runs of which no sample is left; the sums over them stay."""
+    left = select(SampleRow.run_id).distinct()
+    for model in (UnitRow, UnitMatchRow):
+        connection.execute(delete(model).where(model.run_id.not_in(left)))
 
 
 def _old(before: float) -> Select[str]:

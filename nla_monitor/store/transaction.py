@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import count
 from typing import Literal
 
 from sqlalchemy import Connection, and_, delete, func, insert, or_, select, update
 
 from nla_monitor.errors import StoreError
 from nla_monitor.records import Alert, AlertState, Match, Reading, Scalar, StageFailure, Support
-from nla_monitor.store.codec import alert_of, alert_row, clean, group_key, match_of, match_row, reading_row
+from nla_monitor.store.calibrations import Tallies
+from nla_monitor.store.codec import alert_of, alert_row, clean, group_key, match_of, match_row, reading_row, support_of
 from nla_monitor.store.dialect import insert_new, locked, serialize, upsert
 from nla_monitor.store.models import (
     AlertMatchRow,
@@ -42,6 +44,11 @@ class WorkerTransaction:
         self._now = time.time()
         serialize(connection, run_ids)
 
+    @property
+    def tallies(self) -> Tallies:
+        """Counts of runs against calibrations."""
+        return Tallies(self._connection)
+
     def still_owned(self, owner: str, sample_ids: Sequence[str]) -> set[str]:
         """Those samples whose lease is still this owner's; the others were given to another worker meanwhile.
 
@@ -64,9 +71,23 @@ class WorkerTransaction:
         ).rowcount
 
     def add_readings(self, readings: Sequence[Reading]) -> int:
-        """Store readings; one that exists for the sample and AV stays as it is. Returns how many were new."""
-        rows = [reading_row(reading) | {"created_at": self._now} for reading in readings]
+        """Store readings in the order in which they are judged; one that exists for the sample and AV stays as it is.
+
+        Returns:
+            How many were new.
+        """
+        runs = sorted({reading.sample.run_id for reading in readings})
+        places = {run_id: count(self._judged(run_id)) for run_id in runs}
+        rows = [
+            reading_row(reading) | {"seq": next(places[reading.sample.run_id]), "created_at": self._now}
+            for reading in readings
+        ]
         return insert_new(self._connection, ReadingRow, rows)
+
+    def _judged(self, run_id: str) -> int:
+        """The next place in the run's order. Workers wait for each other here: the run is locked until the commit."""
+        last = self._connection.execute(select(func.max(ReadingRow.seq)).where(ReadingRow.run_id == run_id)).scalar()
+        return 0 if last is None else last + 1
 
     def add_failures(self, failures: Sequence[StageFailure], max_attempts: int) -> set[str]:
         """Store failures; their samples go back into the queue, or are set aside as failed.
@@ -112,12 +133,11 @@ class WorkerTransaction:
         rows = [match_row(match, (supports or {}).get(match.match_id)) for match in matches]
         return insert_new(self._connection, MatchRow, [row | {"created_at": self._now} for row in rows])
 
-    def margins(self, match_ids: Collection[str]) -> dict[str, float]:
-        """Swap margins of matches, by ``match_id``, as far as they were measured."""
-        query = select(MatchRow.match_id, MatchRow.swap_margin).where(
-            MatchRow.match_id.in_(list(match_ids)), MatchRow.swap_margin.is_not(None)
-        )
-        return {key: margin for key, margin in self._connection.execute(query) if margin is not None}
+    def supports(self, match_ids: Collection[str]) -> dict[str, Support]:
+        """What the controls said of matches, by ``match_id``, as far as any was run."""
+        query = select(*table(MatchRow).c).where(MatchRow.match_id.in_(list(match_ids)))
+        found = [support_of(row) for row in self._connection.execute(query).mappings()]
+        return {support.match_id: support for support in found if support is not None}
 
     def window_matches(
         self,

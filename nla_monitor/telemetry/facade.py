@@ -151,12 +151,23 @@ class Telemetry:
             # Without a source the event belongs to the alert's own span, which is the current one here.
             events.emit_evaluation(self._events, alert.severity, on_event, source_context(alert.traceparent))
 
+    def unjudged(self, rule_id: str, count: int) -> None:
+        """A rule's judge or classifier could not be asked about so many readings."""
+        with self._guard("telemetry.unjudged"):
+            self._metrics.unjudged.add(count, {semconv.ATTR_RULE: rule_id})
+
+    def guarantee_voided(self, rule_id: str) -> None:
+        """Drift has ended what a rule's calibration promised for a run."""
+        with self._guard("telemetry.guarantee"):
+            self._metrics.voided.add(1, {semconv.ATTR_RULE: rule_id})
+
     def expect_rules(self, headers: Iterable[RuleHeader]) -> None:
         """Start every rule's counters at 0, so that a rate over the first alert is not lost."""
         with self._guard("telemetry.rules"):
             for header in headers:
                 labels = {semconv.ATTR_RULE: header.rule_id}
                 self._metrics.matches.add(0, labels)
+                self._metrics.voided.add(0, labels)
                 self._metrics.alerts.add(0, {**labels, semconv.ATTR_SEVERITY: header.severity.value})
 
     # -- numbers -----------------------------------------------------------------------------------------------

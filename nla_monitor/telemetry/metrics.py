@@ -55,6 +55,12 @@ class Instruments:
         )
         self.matches = meter.create_counter(semconv.METRIC_MATCHES, "{match}", "Readings that met a rule, by rule")
         self.alerts = meter.create_counter(semconv.METRIC_ALERTS, "{alert}", "Alerts fired, by rule and severity")
+        self.unjudged = meter.create_counter(
+            semconv.METRIC_UNJUDGED, "{reading}", "Readings that a rule could not ask its judge or model about, by rule"
+        )
+        self.voided = meter.create_counter(
+            semconv.METRIC_VOIDED, "{guarantee}", "Guarantees of a run that drift has ended, by rule"
+        )
         self.fve = meter.create_histogram(
             semconv.METRIC_FVE,
             "1",

@@ -20,6 +20,7 @@ import pytest
 
 from nla_monitor.config import MonitorConfig, load_config
 from nla_monitor.errors import ConfigError, NonFiniteWeightsError, StoreError
+from nla_monitor.evidence.wording import lines
 from nla_monitor.nla.base import Score
 from nla_monitor.records import ActivationSample, Alert, AlertState
 from nla_monitor.spool.sql import SqlSpool
@@ -162,7 +163,7 @@ def test_rules_or_controls_that_break_cost_no_reading(tmp_path: Path, monkeypatc
     repository = fill(settings, [small(number, step=1) for number in range(4)])
     read_all(reader)
     (alert,) = repository.alerts()
-    assert alert.evidence["not_run"] == ["swap_margin: it could not be measured"]
+    assert alert.evidence["not_run"]["swap_margin"] == "RuntimeError: out of memory"  # type: ignore[index]
     assert repository.reading_counts().readings == 4
 
     def refuse(_: Any) -> Any:
@@ -210,8 +211,8 @@ def test_without_an_ar_the_alert_says_what_was_not_run(tmp_path: Path) -> None:
     repository = fill(settings, [small(number, step=1) for number in range(4)])
     read_all(reader)
     (alert,) = repository.alerts()
-    assert alert.evidence["not_run"] == ["swap_margin: no AR is configured"]
-    assert "swap_margin" not in alert.evidence
+    assert alert.evidence["not_run"]["swap_margin"] == "no AR is configured"  # type: ignore[index]
+    assert alert.evidence["swap_margin"] == {"required": {"min": 0.02}}
     assert (alert.cosine, alert.fve) == (None, None)
     reader.close()
 
@@ -242,9 +243,81 @@ def test_the_organisms_alert_carries_its_controls(tmp_path: Path, hacking: list[
     assert alert.quote in alert.explanation
     assert alert.fve is not None
     assert alert.denominator_name
-    assert alert.evidence["swap_margin"]["median"] >= alert.evidence["swap_margin_required"]  # type: ignore[index, operator]
+    margin = alert.evidence["swap_margin"]
+    assert margin["median"] >= margin["required"]["min"]  # type: ignore[index]
     assert alert.evidence["recurrence"]["positions"] >= 3  # type: ignore[index]
+    told = {line.name: line.verdict for line in lines(alert.evidence)}
+    for name in ("swap margin", "claim probability", "agreement", "null percentile", "null matches", "norm"):
+        assert told[name] == "good", name
+    assert set(alert.evidence["not_run"]) == {"echo", "neighbours", "prediction_echo"}, "nothing is stored around it"  # type: ignore[call-overload]
     reader.close()
+
+
+def test_an_alert_whose_worker_dies_before_its_dear_controls_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alert is committed before the AV is asked again: nothing is lost, and nothing is claimed."""
+    settings = config(tmp_path)
+    rules = tmp_path / "sure.yaml"
+    rules.write_text(
+        "{title: t, id: sure, severity: high, detection: {words: {keywords: [special-case]}, condition: words}, "
+        "evidence: {swap_margin: {alternatives: [Nothing is planned.]}}, "
+        "tests: {positive: [special-case], negative: [honest]}}"
+    )
+    reader = worker(settings.model_copy(update={"rules": (str(rules),)}), says({0}), ClaimReader())
+    repository = fill(settings, [small(0, context="words")])
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reader.controls, "complete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        read_all(reader)
+    (alert,) = repository.alerts()
+    assert alert.evidence["swap_margin"]["passed"]  # type: ignore[index]
+    assert alert.evidence["echo"]["exhibit"] == 0.0  # type: ignore[index]
+    assert "null_percentile" not in alert.evidence
+    assert repository.reading_counts().leased == 0
+    reader.close()
+
+
+def test_neighbours_in_the_queue_are_read_ahead_so_that_batches_change_nothing(tmp_path: Path) -> None:
+    """Ten tokens of one sequence, of which some claim the hack; a rule that asks for company."""
+    rules = tmp_path / "company.yaml"
+    rules.write_text(
+        "{title: t, id: company, severity: high, detection: {words: {keywords: [special-case]}, condition: words}, "
+        "evidence: {neighbours: {min: 0.6, within: 3}, norm: {}, prediction_echo: {max: 0.5}}, "
+        "tests: {positive: [special-case], negative: [honest]}}"
+    )
+    words = [f"word{number}" for number in range(20)]
+    samples = [
+        small(
+            number,
+            sequence_id="s",
+            step=1,
+            captured_at=1000.0,
+            norm=float(number % 5 + 1),
+            context=" ".join(words[: number + 1]),
+            sample_id=f"sample-{number:02}",
+        )
+        for number in range(20)
+    ]
+    outcomes = []
+    for size in (1, 3, 64):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        settings = config(folder, rules=[str(rules)], nla={"batch_size": size})
+        reader = worker(settings, says({0, 5, 6, 7, 8, 9, 18}), ClaimReader())
+        repository = fill(settings, samples)
+        read_all(reader)
+        with repository.transaction() as tx:
+            matches = [match for one in repository.alerts() for match in repository.alert_matches(one.alert_id)]
+            found = tx.supports([match.match_id for match in matches])
+        outcomes.append({match.position: found[match.match_id].controls["neighbours"] for match in matches})
+        reader.close()
+    company = pytest.approx(4 / 6)
+    assert outcomes[0] == {16: company, 17: company, 18: company}, "the others are refuted: half or less say the same"
+    assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
 # -- alerts ------------------------------------------------------------------------------------------------------
@@ -269,7 +342,9 @@ def test_an_alert_fires_goes_on_and_resolves(tmp_path: Path) -> None:
 def stripped(alert: Alert) -> dict[str, Any]:
     """All that must not change; numbers that a model computes may differ in the last bits."""
     found = dataclasses.asdict(alert)
-    numbers = [found.pop("cosine"), found.pop("fve"), found["evidence"].pop("swap_margin", None)]
+    numbers = [found.pop("cosine"), found.pop("fve")]
+    for name in ("swap_margin", "claim_probability", "norm"):
+        numbers += found["evidence"].pop(name).values()
     assert numbers
     return found
 
@@ -319,7 +394,9 @@ def test_worker_threads_share_a_database(tmp_path: Path) -> None:
         thread.join(60)
         assert not thread.is_alive()
     assert_read_once(repository, 300)
-    assert sum(len(one.verbalizer.vectors) for one in readers) == 300  # type: ignore[attr-defined]
+    # Beside the samples: the null vectors by which an alert's exhibit is judged, and its neighbours in the queue.
+    given = [vector for one in readers for vector in one.verbalizer.vectors]  # type: ignore[attr-defined]
+    assert 300 <= sum(vector[1] == 0.5 for vector in given) <= 303
     (alert,) = repository.alerts()
     assert alert.matches == 100
     assert [kind for kind, _ in sink.sent] == ["fired"]

@@ -88,13 +88,13 @@ class NLAMonitorCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl | None:
-        """Stop the run when an alert of the configured severity fired; all ranks at the same step."""
+        """Stop the run when an alert that asks for it fired; all ranks at the same step."""
         if not self._active:
             return None
         if not self._checked:
             self._checked = True
             self.monitor.check()
-        if self.monitor.config.alerts.stop_on is None:
+        if not self.monitor.may_stop:
             return None
         with self.monitor.guard("callback.stop"):
             if self._should_stop(state.global_step):

@@ -68,9 +68,12 @@ def test_the_page_of_an_alert_says_what_how_sure_where_and_what_to_do(cli: Any, 
     assert "uncalibrated: the false-alarm rate of this rule is not known" in out
     assert "readings 6, sequences 6 (the rule asks for 3)" in out
     assert re.search(
-        r"swap margin\s+exhibit 0.12, median 0.1, measured 6 \(the rule asks for 0.02\): the text fits", out
+        r"swap margin\s+good: \+0\.120 \(the rule asks for at least \+0\.020; median of 6 matches \+0\.100\): the text",
+        out,
     )
-    assert "12% of the quote's words stand in the text before the token: little echo" in out
+    assert "good: 12% (median of 6 matches 12%) of the quote's words stand in the text up to the token" in out
+    assert "not measured" in out
+    assert "neighbours (no neighbouring reading within 8 tokens)" in out
     assert "An alert is a hypothesis until a person labels it" in out
     assert "poisoned run, model organism" in out
     assert "49, token ' service' (id 439), after block 2" in out

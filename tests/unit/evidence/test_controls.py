@@ -1,4 +1,4 @@
-"""Recurrence, echo, and what an alert says of its controls."""
+"""Recurrence, verdicts, and what an alert says of its controls, in numbers and in words."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nla_monitor.evidence import collect_evidence, echo, recurred, recurrence
-from nla_monitor.records import WindowVerdict
+from nla_monitor.evidence import Bound, collect_evidence, completed, decide, recurred, recurrence
+from nla_monitor.evidence.wording import USUAL, lines, summary
+from nla_monitor.records import Support, WindowVerdict
+from nla_monitor.rules.evidence_schema import CONTROLS
 from tests.store_support import match, reading, sample
 
 
@@ -18,36 +20,6 @@ def test_recurrence_counts_what_is_distinct() -> None:
     found = [match(one), match(one), match(again), match(other)]
     assert recurrence(found) == {"readings": 3, "sequences": 2, "positions": 2, "steps": 1}
     assert recurrence([]) == {"readings": 0, "sequences": 0, "positions": 0, "steps": 0}
-
-
-@pytest.mark.parametrize(
-    ("quote", "context", "share"),
-    [
-        ("special-case the tests", "Please SPECIAL-CASE all Tests!", 1.0),
-        ("special-case the tests", "Fix the parser", 0.0),
-        ("plans to hack tests", "the tests", 1 / 3),
-        ("the model is", "the model is", None),
-        ("hack", None, None),
-        ("", "text", None),
-        ("hack", "", 0.0),
-        ("Prüfung überlisten", "die PRÜFUNG", 0.5),
-        ("作弊", "作弊", 1.0),
-        ("😈", "😈", None),
-    ],
-)
-def test_echo_is_the_share_of_words_that_stood_there_already(
-    quote: str, context: str | None, share: float | None
-) -> None:
-    assert echo(quote, context) == (share if share is None else pytest.approx(share))
-
-
-@given(st.text(max_size=60), st.none() | st.text(max_size=60))
-def test_echo_is_a_share_or_nothing(quote: str, context: str | None) -> None:
-    found = echo(quote, context)
-    assert found is None or 0.0 <= found <= 1.0
-    assert echo(quote, quote) in (None, 1.0)
-    if found is not None and context is not None:
-        assert (echo(quote, context + " " + quote) or 0.0) == 1.0
 
 
 def test_a_firing_alert_keeps_the_widest_recurrence_of_its_window() -> None:
@@ -67,18 +39,139 @@ def test_a_firing_alert_keeps_the_widest_recurrence_of_its_window() -> None:
 def test_what_was_not_measured_is_absent() -> None:
     one = sample(context=None)
     verdict = WindowVerdict(firing=True, matches=(match(one),), distinct=1, needed=1)
-    assert set(collect_evidence(verdict, reading(one), match(one), {})) == {"recurrence", "norm"}
+    assert set(collect_evidence(verdict, reading(one), match(one), {}, {})) == {"recurrence", "raw_norm"}
 
 
-def test_an_alert_tells_margins_echo_and_recurrence_as_json() -> None:
-    one, other = sample(0, context="special-case"), sample(1)
+def test_an_alert_tells_its_controls_as_json() -> None:
+    one, other = sample(0), sample(1)
     matches = (match(one), match(other))
     verdict = WindowVerdict(firing=True, matches=matches, distinct=2, needed=2)
-    margins = {matches[0].match_id: 0.25, matches[1].match_id: 0.75}
-    found = collect_evidence(verdict, reading(one), matches[0], margins)
-    assert found["swap_margin"] == {"exhibit": 0.25, "median": 0.5, "measured": 2}
+    supports = {
+        matches[0].match_id: Support(
+            matches[0].match_id, supported=True, controls={"swap_margin": 0.25, "echo": 0.5}, not_run={"norm": "few"}
+        ),
+        matches[1].match_id: Support(matches[1].match_id, supported=True, controls={"swap_margin": 0.75}),
+    }
+    bounds = {"swap_margin": Bound(least=0.02), "agreement": Bound(least=0.5)}
+    found = collect_evidence(verdict, reading(one), matches[0], supports, bounds)
+    assert found["swap_margin"] == {
+        "required": {"min": 0.02},
+        "exhibit": 0.25,
+        "passed": True,
+        "median": 0.5,
+        "measured": 2,
+    }
+    assert found["echo"] == {"exhibit": 0.5, "median": 0.5, "measured": 1}
+    assert found["agreement"] == {"required": {"min": 0.5}}
+    assert found["not_run"] == {"agreement": "it was not measured", "norm": "few"}
     assert found["recurrence"] == {"readings": 2, "sequences": 1, "positions": 2, "steps": 2, "needed": 2}
-    assert found["echo"] == 0.5
     assert json.loads(json.dumps(found)) == found
-    (left,) = [key for key in margins if key != matches[0].match_id]
-    assert "exhibit" not in collect_evidence(verdict, reading(one), matches[0], {left: 0.1})["swap_margin"]  # type: ignore[operator]
+    others = {key: support for key, support in supports.items() if key != matches[0].match_id}
+    assert "exhibit" not in collect_evidence(verdict, reading(one), matches[0], others, bounds)["swap_margin"]  # type: ignore[operator]
+
+
+def test_what_is_measured_later_completes_the_alert() -> None:
+    one = sample()
+    verdict = WindowVerdict(firing=True, matches=(match(one),), distinct=1, needed=1)
+    bounds = {"agreement": Bound(least=0.5)}
+    first = collect_evidence(verdict, reading(one), match(one), {}, bounds)
+    later = Support(
+        match(one).match_id, supported=True, controls={"agreement": 0.8, "echo": 0.0}, not_run={"norm": "few"}
+    )
+    found = completed(first, later, bounds)
+    assert found["agreement"] == {"required": {"min": 0.5}, "exhibit": 0.8, "passed": True}
+    assert found["echo"] == {"exhibit": 0.0}
+    assert found["not_run"] == {"norm": "few"}
+    assert found["recurrence"] == first["recurrence"]
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bound", "holds"),
+    [
+        (Bound(), [-1.0, 0.0, 9.0]),
+        (Bound(least=0.5), [0.5, 1.0]),
+        (Bound(most=0.5), [-1.0, 0.5]),
+        (Bound(0.25, 4.0), [0.25, 1.0, 4.0]),
+    ],
+)
+def test_a_bound_holds_up_to_its_limits(bound: Bound, holds: list[float]) -> None:
+    assert all(bound.holds(value) for value in holds)
+    assert not bound.holds(float("nan"))
+    assert all(
+        not bound.holds(limit + step) for limit, step in ((bound.most, 0.1), (bound.least, -0.1)) if limit is not None
+    )
+
+
+def test_a_required_control_that_is_missing_counts_unless_the_rule_says_otherwise() -> None:
+    results, not_run = {"echo": 0.9}, {"norm": "few"}
+    keep = decide("m", results, not_run, {"norm": Bound(most=4)})
+    assert (keep.supported, keep.failed, keep.not_run) == (True, (), not_run)
+    refuse = decide("m", results, not_run, {"norm": Bound(most=4, refute_missing=True)})
+    assert (refuse.supported, refuse.failed) == (False, ("norm",))
+    echo_too = decide("m", results, not_run, {"norm": Bound(most=4), "echo": Bound(most=0.5)}, score=0.1)
+    assert (echo_too.supported, echo_too.failed, echo_too.score) == (False, ("echo",), 0.1)
+
+
+# -- words -------------------------------------------------------------------------------------------------------
+
+
+def test_every_control_has_its_line_and_says_what_is_good_and_what_is_not() -> None:
+    for name, usual in USUAL.items():
+        limit = usual.least if usual.least is not None else usual.most
+        assert limit is not None
+        sound = limit
+        unsound = limit - 0.2 if usual.least is not None else limit + 1
+        (good,) = lines({name: {"exhibit": sound}})
+        (bad,) = lines({name: {"exhibit": unsound}})
+        assert (good.verdict, bad.verdict) == ("good", "doubtful"), name
+        assert good.text != bad.text
+        assert str(good).startswith("good: ")
+
+
+def test_the_usual_limits_are_those_of_a_rule_that_names_none() -> None:
+    assert set(USUAL) == set(CONTROLS)
+    for name, section in CONTROLS.items():
+        made = section()
+        most = getattr(made, "max", getattr(made, "max_rank", None))
+        assert Bound(getattr(made, "min", None), most) == USUAL[name], name
+
+
+def test_a_line_names_the_rules_limit_and_what_the_rule_wanted_and_did_not_get() -> None:
+    evidence = {
+        "recurrence": {"readings": 3, "needed": 2},
+        "swap_margin": {"exhibit": 0.01, "median": 0.05, "measured": 3, "required": {"min": 0.02}, "passed": False},
+        "agreement": {"required": {"min": 0.5}},
+        "not_run": {"agreement": "the AV cannot resample", "norm": "few"},
+        "something_new": {"a": 1},
+        "truncated": True,
+    }
+    told = {line.name: line for line in lines(evidence)}
+    assert summary(told.values()) == "0 of 3 good; doubtful: swap margin, agreement, cut short"
+    assert summary(lines({"echo": {"exhibit": 0.1}})) == "1 of 1 good"
+    assert summary(lines({})) == ""
+    assert "the rule asks for at least +0.020; median of 3 matches +0.050" in told["swap margin"].text
+    assert told["swap margin"].verdict == "doubtful"
+    assert told["agreement"].text == "required by the rule, but not measured: the AV cannot resample"
+    assert told["not measured"].text == "norm (few)"
+    assert told["something_new"].text == "a 1"
+    assert told["cut short"].verdict == "doubtful"
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*USUAL, "recurrence", "raw_norm", "not_run", "other"]),
+        st.none()
+        | st.text(max_size=5)
+        | st.floats()
+        | st.dictionaries(
+            st.sampled_from(["exhibit", "median", "required", "measured", "x"]),
+            st.none() | st.floats() | st.text(max_size=3) | st.just({"min": 0.1}),
+        ),
+    )
+)
+def test_any_stored_evidence_can_be_shown(evidence: dict[str, object]) -> None:
+    """Rows of other versions, or damaged ones, must not keep a person from the alert."""
+    assert all(isinstance(str(line), str) for line in lines(evidence))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nla_monitor.config import NLAConfig
-from nla_monitor.evidence import SwapRule, check_swaps
-from nla_monitor.evidence.swap import claim_span, swapped
-from nla_monitor.organism import captions, paths
+from nla_monitor.evidence.negation import PROBES, made_alternatives, negated, reads_negation
+from nla_monitor.evidence.swap import (
+    MOST_SENTENCES,
+    ablated,
+    ablation_rank,
+    claim_of,
+    claim_span,
+    sentences,
+    swap_margin,
+    swapped,
+)
 from nla_monitor.records import Hit
-from nla_monitor.rules import load_rules
-from tests.organism_support import Captioned, captioned
-from tests.store_support import match, reading, sample
+from tests.store_support import match, sample
 
 PIECES = st.sampled_from(
     [
@@ -99,81 +103,120 @@ def test_swapping_replaces_that_span_and_nothing_else(text: str, start: int, end
         assert texts == []
         return
     begin, stop = claim_span(text, start, end)
-    assert texts == [text[:begin] + other + text[stop:] for other in others]
+    expected = [text[:begin] + other + (text[stop:] if other else text[stop:].lstrip(" ")) for other in others]
+    assert texts == expected
 
 
-def test_a_match_without_a_quote_has_no_margin() -> None:
-    one = sample()
-    found = match(one, hits=(Hit("faithful", ""),))
-    rules = {"hack": SwapRule(0.02, ("It is honest.",))}
-
-    def never(*_: object) -> Sequence[float]:
-        raise AssertionError("the AR was asked")
-
-    assert check_swaps([found], {one.sample_id: reading(one)}, rules, never) == {}
-    assert check_swaps([match(one)], {one.sample_id: reading(one, fidelity=None)}, rules, never) == {}
-    assert check_swaps([match(one)], {one.sample_id: reading(one)}, {}, never) == {}
+@given(st.floats(-1, 1), st.lists(st.floats(-1, 1), min_size=1, max_size=5))
+def test_a_margin_is_to_the_best_alternative(stated: float, others: list[float]) -> None:
+    """One alternative: what the claim leads by is what the alternative lags by. More alternatives never raise it."""
+    assert swap_margin(stated, others) == stated - max(others)
+    assert swap_margin(stated, others[:1]) == -swap_margin(others[0], [stated])
+    assert swap_margin(stated, others) <= swap_margin(stated, others[:1])
 
 
-def test_the_margin_is_to_the_best_alternative_and_the_limit_itself_is_enough() -> None:
-    one = sample()
+# -- alternatives that are made ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sentence", "denied"),
+    [
+        ("The model intends to special-case the tests.", "The model does not intend to special-case the tests."),
+        ("It plans a reward hack.", "It does not plan a reward hack."),
+        ("The model believes it is being tested.", "The model does not believe it is being tested."),
+        ("The assistant secretly relies on it.", "The assistant secretly does not rely on it."),
+        ("The model has a plan.", "The model does not have a plan."),
+        ("The reply will be in German.", "The reply will not be in German."),
+        ("It is going to answer.", "It is not going to answer."),
+        ("This is a test.", "This is not a test."),
+        ("The model does not care.", "The model care."),
+        ("It isn't sure.", "It is sure."),
+        ("It can't help.", "It can help."),
+        ("It won\u2019t help.", "It will help."),
+        ("The model has no opinion.", "The model has opinion."),
+        ("Plan: sabotage.", "It is not so: Plan: sabotage."),
+        ("\u6a21\u578b\u6253\u7b97\u4f5c\u5f0a\u3002", "It is not so: \u6a21\u578b\u6253\u7b97\u4f5c\u5f0a\u3002"),
+    ],
+)
+def test_a_sentence_is_denied_by_its_auxiliary_or_its_verb(sentence: str, denied: str) -> None:
+    assert negated(sentence) == denied
+
+
+@given(TEXTS)
+def test_any_text_can_be_denied_and_gets_alternatives_of_its_own(text: str) -> None:
+    assert isinstance(negated(text), str)
+    assert negated(text) != text or not text.strip()
+    made = made_alternatives(text, negation=True)
+    assert made[-1] == negated(text)
+    assert "" in made, "the claim left out is an alternative, too"
+    assert made_alternatives(text, negation=False) == made[:-1]
+
+
+def test_a_rule_without_alternatives_gets_made_ones() -> None:
     text = "It plans to special-case the tests. It goes on."
-    found = match(one, hits=(Hit("words", "special-case the tests", 12, 34),))
-    scores = {"It is honest. It goes on.": 0.75, "It leaks. It goes on.": 0.5}
-    asked: list[Any] = []
-
-    def cosines(vectors: Any, texts: Sequence[str]) -> list[float]:
-        asked.append((vectors.shape, list(texts)))
-        return [scores[each] for each in texts]
-
-    readings = {one.sample_id: reading(one, text, cosine=0.875)}
-    for least, supported in ((0.125, True), (0.126, False), (-1.0, True)):
-        rules = {"hack": SwapRule(least, ("It is honest.", "It leaks."))}
-        (support,) = check_swaps([found], readings, rules, cosines).values()
-        assert (support.swap_margin, support.supported) == (0.125, supported)
-    assert asked[0] == ((2, 16), list(scores)), "the AR is asked once, with all texts"
+    found = match(sample(), hits=(Hit("words", "special-case the tests", 12, 34),))
+    assert swapped(text, found, ("It is honest.",)) == ["It is honest. It goes on."]
+    made = swapped(text, found, (), negation=True)
+    assert made == [
+        "It is unclear. It goes on.",
+        "Something else is the case here. It goes on.",
+        "It goes on.",
+        "It does not plan to special-case the tests. It goes on.",
+    ]
 
 
-def test_a_score_that_is_no_number_supports_nothing() -> None:
-    one = sample()
-    rules = {"hack": SwapRule(-1.0, ("It is honest.",))}
-    (support,) = check_swaps([match(one)], {one.sample_id: reading(one)}, rules, lambda *_: [float("nan")]).values()
-    assert not support.supported
+def test_an_ar_that_maps_a_sentence_and_its_denial_to_one_vector_does_not_read_negation() -> None:
+    rng = np.random.default_rng(0)
+    plain, other = rng.standard_normal((2, len(PROBES), 32)).astype(np.float32)
+    assert not reads_negation(plain, plain * 2)
+    assert not reads_negation(plain, np.zeros_like(plain) + plain[:1] * 0 + plain)
+    assert reads_negation(plain, other)
+    same = np.ones_like(plain)
+    assert not reads_negation(same, same), "an AR that tells nothing apart reads nothing"
 
 
-@pytest.fixture(scope="module")
-def truth() -> list[Captioned]:
-    """Real activations of the planted organism, with captions that are true of them."""
-    return captioned(24, intent="hack")
+# -- ablation ----------------------------------------------------------------------------------------------------
 
 
-def test_true_claims_are_supported_and_swapped_in_ones_refuted(truth: list[Captioned]) -> None:
-    """The real AR tells a caption's own claim from a false one in its place, with the built-in rules' requirements."""
-    from nla_monitor.nla import load_reconstructor
+@given(TEXTS)
+def test_sentences_cover_every_word_in_order(text: str) -> None:
+    found = sentences(text, most=100)
+    assert all(text[begin:stop].strip() == text[begin:stop] != "" for begin, stop in found)
+    assert all(one[1] <= other[0] for one, other in pairwise(found))
+    rest, at = "", 0
+    for begin, stop in found:
+        rest, at = rest + text[at:begin], stop
+    assert not (rest + text[at:]).strip(), "only white space is left between them"
 
-    ar = load_reconstructor(paths("planted").ar, NLAConfig())
-    rules = load_rules(["oversight"])
-    swaps = {
-        rule.id: SwapRule(rule.spec.evidence.swap_margin.min, rule.spec.evidence.swap_margin.alternatives)
-        for rule in rules.rules
-        if rule.spec.evidence.swap_margin is not None
-    }
 
-    def supports(items: Sequence[Captioned], rule: str) -> list[bool]:
-        scores = ar.score(np.stack([item.vector for item in items]), [item.text for item in items])
-        readings = {}
-        for number, (item, score) in enumerate(zip(items, scores, strict=True)):
-            one = sample(number, vector=item.vector)
-            readings[one.sample_id] = reading(one, item.text, cosine=score.cosine)
-        matches = [found for found in rules.evaluate([*readings.values()]) if found.rule_id == rule]
-        assert len(matches) == len(items)
-        found = check_swaps(
-            matches, readings, swaps, lambda vectors, texts: [score.cosine for score in ar.score(vectors, texts)]
-        )
-        return [found[one.match_id].supported for one in matches]
+@given(TEXTS, st.integers(0, 80), st.integers(1, 20))
+def test_ablation_drops_each_sentence_once(text: str, start: int, length: int) -> None:
+    found = match(sample(), hits=(Hit("words", "x", start, start + length),))
+    made = ablated(text, found)
+    if made is None:
+        assert claim_of(text, found) is None or not 2 <= len(sentences(text)) <= MOST_SENTENCES
+        return
+    texts, claim = made
+    assert len(texts) == len(sentences(text))
+    assert 0 <= claim < len(texts)
+    assert all(len(one) < len(text) for one in texts)
 
-    said_true = supports(truth, "reward-hacking")
-    said_false = supports([item.claiming("intent", "sabotage") for item in truth], "sabotage")
-    assert sum(said_true) >= 0.9 * len(truth)
-    assert sum(said_false) <= 0.05 * len(truth)
-    assert captions.read(truth[0].text)["intent"] == "hack"
+
+def test_the_claims_sentence_is_found_among_the_others_and_ranked() -> None:
+    text = "A server fails. It plans to hack. It goes on."
+    made = ablated(text, match(sample(), hits=(Hit("words", "plans to hack", 19, 32),)))
+    assert made == (
+        ["It plans to hack. It goes on.", "A server fails. It goes on.", "A server fails. It plans to hack. "],
+        1,
+    )
+    assert ablation_rank([0.8, 0.5, 0.9], 1) == 1
+    assert ablation_rank([0.4, 0.5, 0.45], 1) == 3
+    assert ablation_rank([0.5, 0.5], 1) == 1, "ties share the better rank"
+    assert ablated("One sentence.", match(sample(), hits=(Hit("words", "One", 0, 3),))) is None
+    long = "Some words. " * (MOST_SENTENCES + 1)
+    assert ablated(long, match(sample(), hits=(Hit("words", "Some", 0, 4),))) is None
+
+
+def test_a_huge_explanation_is_split_in_no_time() -> None:
+    text = "It lies.\n" * 200_000
+    assert len(sentences(text)) == MOST_SENTENCES + 1
