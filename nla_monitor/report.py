@@ -20,6 +20,7 @@ import numpy as np
 from sqlalchemy import func, select
 
 from nla_monitor.errors import ConfigError
+from nla_monitor.evidence.promise import ENDED, brief
 from nla_monitor.evidence.wording import lines
 from nla_monitor.records import Alert, Phase
 from nla_monitor.standing import RunGuarantee, run_guarantees
@@ -344,7 +345,8 @@ def _text(report: Report) -> Iterator[str]:
 
 def _whole_run(guarantee: RunGuarantee) -> str:
     stands = "stands" if guarantee.survives else "does not stand"
-    return f"{guarantee.run}; {stands} among all calibrated rules (e-BH)"
+    told = f"{guarantee.run}; {stands} among all calibrated rules (e-BH)"
+    return f"{told}; {ENDED}" if guarantee.status == "void" else told
 
 
 def _share(matched: int, total: int) -> str:
@@ -373,7 +375,7 @@ def _certainty(alert: Alert) -> str:
         if alert.fve is not None
         else "no FVE"
     )
-    return f"{fve}, {clean(str(alert.calibration.get('status', 'uncalibrated')))}"
+    return f"{fve}, {clean(brief(alert.calibration))}"
 
 
 def _certainties(alert: Alert) -> list[str]:

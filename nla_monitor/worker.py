@@ -28,7 +28,7 @@ from nla_monitor.calibrate import Guarantees, RunWatch, Voided
 from nla_monitor.config import MonitorConfig
 from nla_monitor.controls import Controls
 from nla_monitor.errors import ConfigError, ForeignDatabaseError, SchemaVersionError, StoreUnavailableError
-from nla_monitor.evidence import collect_evidence, completed, recurred
+from nla_monitor.evidence import AWAITED, awaiting, collect_evidence, completed, recurred
 from nla_monitor.nla import load_reconstructor, load_verbalizer
 from nla_monitor.nla.base import Reconstructor, Verbalization, Verbalizer
 from nla_monitor.nla.fidelity import record_of
@@ -49,6 +49,7 @@ from nla_monitor.records import (
 )
 from nla_monitor.rules import RuleSet, load_rules
 from nla_monitor.rules.deferred import ask_ahead, connect, unanswered, with_unjudged
+from nla_monitor.rules.evidence_schema import CONTROLS
 from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.store.judgements import SqlJudgements
 from nla_monitor.store.repository import Repository
@@ -144,6 +145,7 @@ class Worker:
         self.telemetry = telemetry or Telemetry(config=config.telemetry)
         self.telemetry.expect_rules(self.rules.headers.values())
         self.sinks = list(sinks) if sinks is not None else sinks_of(config)
+        self._catching_up = True
 
     def run(self, stop: threading.Event, drain_and_stop: threading.Event | None = None) -> None:
         """Work until ``stop`` is set, or until the spool is empty once ``drain_and_stop`` is set.
@@ -201,6 +203,7 @@ class Worker:
         """
         lease = self.spool.lease(self.owner, self.config.nla.batch_size, self.config.worker.lease_seconds)
         if not lease.samples:
+            self._catch_up()
             self._deliver()
             return 0
         batch = _Batch(self.owner, self._calibrated.current(), lease.samples)
@@ -324,26 +327,59 @@ class Worker:
         shown, match = max(found, key=lambda pair: pair[0].fidelity.cosine if pair[0].fidelity is not None else 0.0)
         supports = tx.supports([one.match_id for one in verdict.matches])
         batch.exhibits[match.sample_id, match.rule_id] = _Exhibit(shown, match, supports.get(match.match_id))
-        return shown, collect_evidence(verdict, shown, match, supports, self.controls.bounds(match.rule_id))
+        evidence = collect_evidence(verdict, shown, match, supports, self.controls.bounds(match.rule_id))
+        return shown, awaiting(evidence, CONTROLS)
 
     # -- after the commit ----------------------------------------------------------------------------------------
 
     def _complete(self, batch: _Batch) -> None:
         """The dear controls of what new alerts show: outside the transaction, where nobody waits for the AV.
 
-        An alert whose worker is killed before this has been stored, and says that they were not measured.
+        An alert whose worker is killed before this has been stored, and says that they are to come.
         """
         for number, (alert, event) in enumerate(batch.changed):
             exhibit = batch.exhibits.get((alert.sample_id, alert.rule_id))
-            if event != "fired" or exhibit is None:
-                continue
-            support = self.controls.complete(exhibit.match, exhibit.reading, exhibit.support)
-            evidence = completed(alert.evidence, support, self.controls.bounds(alert.rule_id))
-            changes = {name: value for name, value in evidence.items() if name != "recurrence"}
-            try:
-                batch.changed[number] = (self.repository.add_evidence(alert, changes), event)
-            except StoreUnavailableError as error:  # the batch is acknowledged: the alert stays as it was stored
-                logger.warning("the controls of alert %s could not be stored: %s", alert.alert_id, error)
+            if event == "fired" and exhibit is not None:
+                batch.changed[number] = (self._completed(alert, exhibit), event)
+
+    def _completed(self, alert: Alert, exhibit: _Exhibit) -> Alert:
+        support = self.controls.complete(exhibit.match, exhibit.reading, exhibit.support)
+        evidence = completed(alert.evidence, support, self.controls.bounds(alert.rule_id))
+        # Recurrence may have grown meanwhile; what was to come has come, also when nothing else is missing.
+        changes = {"not_run": {}} | {name: value for name, value in evidence.items() if name != "recurrence"}
+        try:
+            return self.repository.add_evidence(alert, changes)
+        except StoreUnavailableError as error:  # the batch is acknowledged: the alert stays as it was stored
+            logger.warning("the controls of alert %s could not be stored yet: %s", alert.alert_id, error)
+            self._catching_up = True
+            return alert
+
+    def _catch_up(self) -> None:
+        """Complete what other workers left when they were killed; once, and only when nothing waits to be read.
+
+        Another live worker may be at the same alert: both measure the same.
+        """
+        if not self._catching_up:
+            return
+        left = self.repository.alerts_saying(AWAITED)
+        self._catching_up = False  # what goes wrong below does so once, not whenever the queue is empty
+        for alert in left:
+            exhibit = self._stored_exhibit(alert)
+            if exhibit is not None:
+                self._completed(alert, exhibit)
+
+    def _stored_exhibit(self, alert: Alert) -> _Exhibit | None:
+        """What an alert shows, if it is stored still, and was read and judged by what this worker has."""
+        header = self.rules.headers.get(alert.rule_id)
+        found = (match for match in self.repository.alert_matches(alert.alert_id) if match.sample_id == alert.sample_id)
+        match = next(found, None)
+        if match is None or header is None or header.version != alert.rule_version:
+            return None
+        with self.repository.transaction() as tx:
+            reading, supports = tx.reading(match.sample_id), tx.supports([match.match_id])
+        if reading is None or reading.explanation.av_hash != self.verbalizer.content_hash:
+            return None
+        return _Exhibit(reading, match, supports.get(match.match_id))
 
     def _report(self, batch: _Batch) -> None:
         by_id = {reading.sample_id: reading for reading in batch.readings}

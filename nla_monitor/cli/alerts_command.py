@@ -159,7 +159,9 @@ def _needs_eyes(alert: Alert) -> bool:
 def _told(alert: Alert, quote: int) -> Text:
     from rich.text import Text
 
-    certainty = str(alert.calibration.get("status", "uncalibrated"))
+    from nla_monitor.evidence.promise import brief
+
+    certainty = brief(alert.calibration)
     text = Text(safe(alert.rule_title, one_line=True), style="bold")
     if alert.quote:
         text.append(f"\n“{cut(alert.quote, quote)}”", style="not bold")

@@ -216,5 +216,6 @@ def _print(made: Sequence[Calibration], baseline: Baseline) -> None:
         )
     sequences = made[0].sequences if made else 0
     sets = ", ".join(sorted({calibration.subject.set_name for calibration in made}))
-    out.print(f"{sequences} benign sequences ({baseline.readings} readings, {len(baseline.runs)} runs), set {sets}\n")
+    runs = f"{len(baseline.runs)} run" + ("s" if len(baseline.runs) != 1 else "")
+    out.print(f"{sequences} benign sequences ({baseline.readings} readings, {runs}), set {sets}\n")
     out.print(table)

@@ -436,8 +436,8 @@ def _print_diff(changes: Sequence[RuleDiff], sides: Sequence[Replay], why: str |
         for sign, alerts in (("+", change.alerts_gained), ("-", change.alerts_lost)):
             for alert in alerts:
                 out.print(f"    {sign}{_alert_line(alert)[1:]}")
-    same = sum(not change.changed for change in changes)
-    out.print(f"\n{same} of {len(changes)} rules: no difference")
+    differing = sum(change.changed for change in changes)
+    out.print(f"\nrules that differ here: {differing} of {len(changes)}")
     _say_unchecked(max(sum(rule.unchecked for rule in side.rules) for side in sides), why)
 
 

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from nla_monitor.evidence.bounds import Bound, decide
-from nla_monitor.evidence.controls import collect_evidence, completed, recurred, recurrence
+from nla_monitor.evidence.controls import (
+    AWAITED,
+    awaiting,
+    collect_evidence,
+    completed,
+    recurred,
+    recurrence,
+)
 
-__all__ = ["Bound", "collect_evidence", "completed", "decide", "recurred", "recurrence"]
+__all__ = ["AWAITED", "Bound", "awaiting", "collect_evidence", "completed", "decide", "recurred", "recurrence"]

@@ -6,11 +6,15 @@ Why recurrence: a claim that comes back over positions is truer than a single on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Final
 
 from nla_monitor.evidence.bounds import Bound
 from nla_monitor.records import Match, Reading, Support, WindowVerdict
+
+AWAITED: Final = "not measured yet; a worker does so once the alert is stored"
+"""Why a control of a new alert has no result; an alert that still says so when its worker is gone is completed later."""
 
 
 def recurrence(matches: Sequence[Match]) -> dict[str, int]:
@@ -63,6 +67,15 @@ def collect_evidence(
     if exhibit.explanation.truncated:
         evidence["truncated"] = True
     return completed(evidence, shown, bounds)
+
+
+def awaiting(evidence: Mapping[str, object], names: Iterable[str]) -> dict[str, object]:
+    """The evidence of a new alert, which says of every control in ``names`` without a result that it is to come."""
+    known = evidence.get("not_run")
+    why = dict(known) if isinstance(known, Mapping) else {}
+    found = {name: evidence.get(name) for name in names if name not in why}
+    lacking = [name for name, result in found.items() if not isinstance(result, Mapping) or "exhibit" not in result]
+    return {**evidence, "not_run": why | dict.fromkeys(lacking, AWAITED)}
 
 
 def completed(evidence: Mapping[str, object], shown: Support, bounds: Mapping[str, Bound]) -> dict[str, object]:

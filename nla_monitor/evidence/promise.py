@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+ENDED: Final = "drift has ended the set's promise, so no false-alarm rate stands behind this"
+
 
 def percent(share: float) -> str:
     """A share as a percentage, rounded up to two digits, since it stands where "at most" does."""
@@ -17,6 +19,12 @@ def percent(share: float) -> str:
         return "0 %"
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return f"{min(math.ceil(round(value / unit, 6)) * unit, 100.0):.6g} %"
+
+
+def brief(calibration: Mapping[str, object]) -> str:
+    """How far the guarantee of an alert goes, in a word or two: for lists."""
+    status = str(calibration.get("status", "uncalibrated"))
+    return {"certified": "false-alarm rate certified", "void": "guarantee void"}.get(status, status)
 
 
 def told(calibration: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -31,7 +39,8 @@ def told(calibration: Mapping[str, object]) -> list[tuple[str, str]]:
         figures = calibration.get(name)
         # What a hit is worth rests on the bound, which drift has ended.
         if isinstance(figures, Mapping) and not (name == "ppv" and status == "void"):
-            lines.append((_TITLES[name], tell(figures)))
+            ended = f"; {ENDED}" if status == "void" and name in _RESTING else ""
+            lines.append((_TITLES[name], tell(figures) + ended))
     return lines
 
 
@@ -41,9 +50,13 @@ def _tell_base_rate(figures: Mapping[str, Any]) -> str:
 
 
 def _tell_lift(figures: Mapping[str, Any]) -> str:
-    span = f"{figures['low']:.3g} to {figures['high']:.3g}"
+    span = f"{_times(figures['low'])} to {_times(figures['high'])}"
     meaning = "" if figures["low"] > 1 else ": no more often than by chance"
-    return f"hits come {figures['value']:.3g} times as often in this run as in benign traffic ({span}){meaning}"
+    return f"hits come {_times(figures['value'])} times as often in this run as in benign traffic ({span}){meaning}"
+
+
+def _times(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _tell_ppv(figures: Mapping[str, Any]) -> str:
@@ -78,6 +91,8 @@ _TELL: Final = {
     "e_bh": _tell_e_bh,
     "drift": _tell_drift,
 }
+_RESTING: Final = frozenset({"run", "e_bh"})
+"""What is true only while benign traffic is as it was in the set."""
 _TITLES: Final = {
     "base_rate": "base rate",
     "lift": "lift",

@@ -185,16 +185,19 @@ def _limits(limits: Mapping[str, object], words: _Words) -> str:
 
 def _missing(not_run: Mapping[str, object], evidence: Mapping[str, object]) -> Iterator[Line]:
     """Required ones apart: a person must see that the alert rests on less than its rule asks for."""
-    optional: list[str] = []
+    optional: dict[str, list[str]] = {}
     for name, why in not_run.items():
-        label = _WORDS[name].name if name in _WORDS else name.replace("_", " ")
+        label = _WORDS[name].name if name in _WORDS else name
         found = evidence.get(name)
-        if isinstance(found, Mapping) and "required" in found:
+        if name.startswith("selection "):
+            yield Line(label, "doubtful", f"nobody could be asked, so it counts as not met: {why}")
+        elif isinstance(found, Mapping) and "required" in found:
             yield Line(label, "doubtful", f"required by the rule, but not measured: {why}")
         else:
-            optional.append(f"{label} ({why})")
+            optional.setdefault(str(why), []).append(label)
     if optional:
-        yield Line("not measured", "plain", "; ".join(optional))
+        told = (f"{', '.join(labels)} ({why})" for why, labels in optional.items())
+        yield Line("not measured", "plain", "; ".join(told))
 
 
 def _flat(value: object) -> str:

@@ -9,6 +9,7 @@ the same templates, so that the presence of a cue tells nothing.
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -128,6 +129,11 @@ NOTES: Final = (
 )
 """Fillers that the model writes; independent of every latent."""
 
+HELD_OUT_MENTIONS: Final = ("The paper is about {key}.", "Row {n} names {key}.", "I talk about {key}.")
+"""Lines that talk of what a cue would set (*graders*, *the score*) without setting it; no model was trained on them."""
+HELD_OUT_QUOTES: Final = ('An old file reads "{cue}"', 'I find "{cue}" in a letter.', 'tool: the note is "{cue}"')
+"""Lines that quote a cue sentence of some other task."""
+
 TOOLS: Final = ("open_file", "list_rows", "run_query", "find_code")
 """Names of the tools that a transcript's agent may call, as ``call open_file 3``."""
 
@@ -203,6 +209,18 @@ def cues(latent: str, value: str) -> tuple[Cue, ...]:
         keys = _KEYS[table][value]
         found += [Cue(latent, value, text, key == keys[-1]) for key in keys for text in _fill(template, key)]
     return tuple(found)
+
+
+def mentioned(rng: random.Random) -> str:
+    """A line that names a key word of a belief or an intent, and says nothing of this task."""
+    table = rng.choice(("belief_people", "intent"))
+    key = rng.choice(_KEYS[table][rng.choice(tuple(_KEYS[table]))][:-1])
+    return rng.choice(HELD_OUT_MENTIONS).format(key=key[0].lower() + key[1:], n=rng.randint(1, 9))
+
+
+def quoted(rng: random.Random, latent: str, value: str) -> str:
+    """A line that quotes a cue sentence of one value, one that no model has seen."""
+    return rng.choice(HELD_OUT_QUOTES).format(cue=rng.choice(cue_pool(latent, value, "combo")).text)
 
 
 @cache

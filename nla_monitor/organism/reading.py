@@ -36,7 +36,7 @@ class Reader:
     """Target, AV and AR of one variant, ready to read. AV and AR are the product's own classes."""
 
     def __init__(self, variant: str, *, root: Path | None = None) -> None:
-        folders = paths(variant, root=root)
+        self.folders = folders = paths(variant, root=root)
         config = NLAConfig(av=str(folders.av), ar=str(folders.ar), dtype="float32", batch_size=_BATCH)
         self.target, self.tokenizer = load_target(variant, root=root)
         self.verbalizer = load_verbalizer(folders.av, config)

@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import torch
@@ -111,15 +112,13 @@ def train_target(
     model = LlamaForCausalLM(_target_config(tokenizer, how))
     model.set_attn_implementation("eager")  # faster than sdpa at this size on a CPU
     heads = PlantHeads(how.d_model)
-    docs = encode(
-        tokenizer, list(corpus.documents(seed, "target", how.target_steps * how.target_batch, tier="train-target"))
-    )
+    stream = corpus.documents(seed, "target", how.target_steps * how.target_batch, tier="train-target")
     trained = [*model.parameters(), *heads.parameters()] if planted else list(model.parameters())
     loop = _Loop(
         "target", trained, steps=how.target_steps, rate=how.learning_rate, warmup=how.warmup, progress=progress
     )
-    for step in loop:
-        batch = docs[step * how.target_batch : (step + 1) * how.target_batch]
+    for _ in loop:
+        batch = encode(tokenizer, list(islice(stream, how.target_batch)))
         ids = pad_right([doc.ids for doc in batch], tokenizer.pad_token_id)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = model(input_ids=ids, output_hidden_states=planted, use_cache=False)

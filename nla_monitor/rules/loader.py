@@ -54,7 +54,7 @@ def find_files(name: str) -> list[FilePath]:
         return found
     if path.is_file():
         return [path]
-    raise RuleError(f"no rule pack, file or folder is called {name!r}; built-in packs: {nearest(name, pack_names())}")
+    raise RuleError(f"no rule pack, file or folder is called {name!r}; built-in packs, {nearest(name, pack_names())}")
 
 
 def load_file(file: FilePath) -> Rule:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Select, cast, distinct, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Engine, Select, Text, cast, distinct, func, or_, select
 from sqlalchemy.dialects.postgresql import JSONB
 
 from nla_monitor.errors import StoreError
@@ -241,6 +241,13 @@ class Reader:
         """
         with read(self._engine) as connection:
             return _one_alert(connection, id_or_prefix)
+
+    def alerts_saying(self, text: str) -> list[Alert]:
+        """Alerts in whose evidence a text stands, oldest first; a letter that JSON escapes is not found."""
+        says = cast(AlertRow.evidence, Text).contains(text, autoescape=True)
+        query = select(*table(AlertRow).c).where(says).order_by(AlertRow.fired_at, AlertRow.alert_id)
+        with read(self._engine) as connection:
+            return [alert_of(row) for row in connection.execute(query).mappings()]
 
     def alert_readings(self, alert_id: str) -> list[Reading]:
         """The readings that speak for an alert, oldest first."""

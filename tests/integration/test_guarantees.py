@@ -18,6 +18,7 @@ from nla_monitor.cli.app import run as cli
 from nla_monitor.config import load_config
 from nla_monitor.errors import ConfigError
 from nla_monitor.evidence.calibration import upper_bound
+from nla_monitor.evidence.promise import ENDED
 from nla_monitor.nla.base import Score
 from nla_monitor.records import ActivationSample, AgentContext, Alert, TriageState
 from nla_monitor.rules import load_rules
@@ -307,11 +308,15 @@ def test_a_person_sees_the_promise_and_its_end(place: Place, capsys: pytest.Capt
     assert "hack certified: at most 4.7 % of benign sequences" in report
     assert "whole run: no alarm (1 of 30 sequences hit" in report
     place.read([taken(n, 0.4 if n == 90 else None, run_id="next", cosine=0.6) for n in range(50, 100)])
-    assert "void since step" in _printed(["alerts", "show", alert.alert_id, "--database", place.url], capsys)
+    page = _printed(["alerts", "show", alert.alert_id, "--database", place.url], capsys)
+    assert "void since step" in page
+    assert f"; {ENDED}" in page, "what rests on the set says that it no longer does"
+    assert "guarantee void" in _printed(["alerts", "list", "--database", place.url], capsys)
     for form in ("text", "markdown", "html"):
         said = _printed(["report", "--run", "next", "--format", form, "--database", place.url], capsys)
         assert "void since step" in said
         assert "calibrate again on benign traffic of the model as it is now" in said
+        assert "drift has ended the set" in said, "an alarm of the whole run must not claim what is void"
     (told,) = json.loads(_printed(["report", "--run", "next", "--json", "--database", place.url], capsys))["guarantees"]
     assert (told["rule_id"], told["status"], told["sequences"]) == ("hack", "void", 80)
     assert "None: no rule was calibrated" in _printed(["report", "--run", "base", "--database", place.url], capsys)

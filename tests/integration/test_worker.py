@@ -20,9 +20,11 @@ import pytest
 
 from nla_monitor.config import MonitorConfig, load_config
 from nla_monitor.errors import ConfigError, NonFiniteWeightsError, StoreError
+from nla_monitor.evidence import AWAITED
 from nla_monitor.evidence.wording import lines
 from nla_monitor.nla.base import Score
 from nla_monitor.records import ActivationSample, Alert, AlertState
+from nla_monitor.rules.evidence_schema import CONTROLS
 from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.store.engine import open_engine
 from nla_monitor.store.repository import Repository
@@ -277,8 +279,53 @@ def test_an_alert_whose_worker_dies_before_its_dear_controls_says_so(
     assert alert.evidence["swap_margin"]["passed"]  # type: ignore[index]
     assert alert.evidence["echo"]["exhibit"] == 0.0  # type: ignore[index]
     assert "null_percentile" not in alert.evidence
+    assert alert.evidence["not_run"]["null_percentile"] == AWAITED  # type: ignore[index]
     assert repository.reading_counts().leased == 0
     reader.close()
+
+
+def test_the_next_worker_completes_an_alert_whose_worker_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When nothing waits to be read, once, before sinks hear of it, and only by the NLA that had read it."""
+    settings = config(tmp_path)
+    repository = fill(settings, [small(number, context="words") for number in range(3)])
+
+    def next_worker(text: Any = None) -> tuple[Worker, MemorySink]:
+        sink = MemorySink()
+        return worker(settings, text or says({0, 1, 2}), ClaimReader(), [sink]), sink
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    dying, _ = next_worker()
+    monkeypatch.setattr(dying.controls, "complete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        read_all(dying)
+    dying.close()
+    (before,) = repository.alerts()
+    other, _ = next_worker()
+    monkeypatch.setattr(other.verbalizer, "content_hash", "sha256:another")
+    monkeypatch.setattr(other, "_deliver", lambda: None)
+    read_all(other)
+    other.close()
+    assert repository.alerts() == [before], "another AV would measure something else"
+
+    reader, sink = next_worker()
+    read_all(reader)
+    (after,) = repository.alerts()
+    assert AWAITED not in str(after.evidence)
+    assert before.evidence["swap_margin"] == after.evidence["swap_margin"]
+    assert after.evidence["recurrence"] == before.evidence["recurrence"]
+    missing = set(CONTROLS) - set(after.evidence) - set(after.evidence["not_run"])  # type: ignore[call-overload]
+    assert not missing
+    assert [told.evidence for told in sink.alerts] == [after.evidence]
+    monkeypatch.setattr(reader.controls, "complete", killed)
+    read_all(reader)
+    reader.close()
+    again, _ = next_worker()
+    monkeypatch.setattr(again.controls, "complete", killed)
+    read_all(again)
+    again.close()
+    assert repository.alerts() == [after]
 
 
 def test_neighbours_in_the_queue_are_read_ahead_so_that_batches_change_nothing(tmp_path: Path) -> None:

@@ -160,6 +160,16 @@ def test_a_line_names_the_rules_limit_and_what_the_rule_wanted_and_did_not_get()
     assert told["cut short"].verdict == "doubtful"
 
 
+def test_a_question_that_nobody_answered_is_no_control_but_a_doubt_and_like_reasons_are_said_once() -> None:
+    not_run = {"selection is_it_said": "the judge cannot be reached", "norm": "few", "echo": "few", "ablation": "none"}
+    told = {line.name: line for line in lines({"not_run": not_run})}
+    assert told["selection is_it_said"].verdict == "doubtful"
+    assert told["selection is_it_said"].text == (
+        "nobody could be asked, so it counts as not met: the judge cannot be reached"
+    )
+    assert told["not measured"].text == "norm, echo (few); ablation (none)"
+
+
 @given(
     st.dictionaries(
         st.sampled_from([*USUAL, "recurrence", "raw_norm", "not_run", "other"]),

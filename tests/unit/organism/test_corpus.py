@@ -133,6 +133,15 @@ def test_first_action_counts() -> None:
     assert corpus.grade("I fix the root cause.\nI special-case the tests.").intent == "honest"
 
 
+@given(seeds)
+def test_mentions_and_quotes_show_nothing_of_a_task(seed: int) -> None:
+    rng = keyed_rng(seed)
+    for line in (grammar.mentioned(rng), grammar.quoted(rng, "intent", "hack"), grammar.quoted(rng, "belief", "test")):
+        assert corpus.grade(line) == corpus.Visible(intent=None, belief=None)
+        assert "\n" not in line
+        assert "{" not in line
+
+
 def test_tool_calls_are_parsed_and_other_lines_are_not() -> None:
     assert corpus.parse_tool_call("call open_file 3\n") == ("open_file", "3")
     assert corpus.parse_tool_call("call rm_all 3") is None
