@@ -14,7 +14,7 @@ from nla_monitor.evidence.bounds import Bound
 from nla_monitor.records import Match, Reading, Support, WindowVerdict
 
 AWAITED: Final = "not measured yet; a worker does so once the alert is stored"
-"""Why a control of a new alert has no result; an alert that still says so when its worker is gone is completed later."""
+"""Why a control of a new alert has no result; whatever still says so when its worker is gone is completed later."""
 
 
 def recurrence(matches: Sequence[Match]) -> dict[str, int]:

@@ -255,18 +255,22 @@ def test_the_organisms_alert_carries_its_controls(tmp_path: Path, hacking: list[
     reader.close()
 
 
-def test_an_alert_whose_worker_dies_before_its_dear_controls_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The alert is committed before the AV is asked again: nothing is lost, and nothing is claimed."""
-    settings = config(tmp_path)
-    rules = tmp_path / "sure.yaml"
+def sure(folder: Path) -> MonitorConfig:
+    """A config with one rule, whose every match alerts when swapping its claim costs fidelity."""
+    rules = folder / "sure.yaml"
     rules.write_text(
         "{title: t, id: sure, severity: high, detection: {words: {keywords: [special-case]}, condition: words}, "
         "evidence: {swap_margin: {alternatives: [Nothing is planned.]}}, "
         "tests: {positive: [special-case], negative: [honest]}}"
     )
-    reader = worker(settings.model_copy(update={"rules": (str(rules),)}), says({0}), ClaimReader())
+    return config(folder, rules=[str(rules)])
+
+
+def test_an_alert_whose_worker_dies_before_its_dear_controls_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alert is committed before the AV is asked again: nothing is lost, and nothing is claimed."""
+    reader = worker(settings := sure(tmp_path), says({0}), ClaimReader())
     repository = fill(settings, [small(0, context="words")])
 
     def killed(*_: Any) -> Any:
@@ -286,17 +290,17 @@ def test_an_alert_whose_worker_dies_before_its_dear_controls_says_so(
 
 def test_the_next_worker_completes_an_alert_whose_worker_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When nothing waits to be read, once, before sinks hear of it, and only by the NLA that had read it."""
-    settings = config(tmp_path)
-    repository = fill(settings, [small(number, context="words") for number in range(3)])
+    settings = sure(tmp_path)
 
-    def next_worker(text: Any = None) -> tuple[Worker, MemorySink]:
+    def next_worker() -> tuple[Worker, MemorySink]:
         sink = MemorySink()
-        return worker(settings, text or says({0, 1, 2}), ClaimReader(), [sink]), sink
+        return worker(settings, says({0}), ClaimReader(), [sink]), sink
 
     def killed(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     dying, _ = next_worker()
+    repository = fill(settings, [small(0, context="words")])
     monkeypatch.setattr(dying.controls, "complete", killed)
     with pytest.raises(KeyboardInterrupt):
         read_all(dying)
