@@ -13,7 +13,7 @@ from nla_monitor.nla.base import Reconstructor, Verbalizer
 from nla_monitor.nla.fidelity import record_of
 from nla_monitor.nla.injection import bad_rows
 from nla_monitor.records import Explanation, Reading
-from nla_monitor.store.rereadings import add_rereadings, count_unread, next_unread, stored_widths
+from nla_monitor.store.rereadings import add_rereadings, count_unread, next_unread, scored_by, stored_widths
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,21 @@ def reverbalize(
         progress: told, after each batch, how many vectors are done and how many there are.
 
     Raises:
-        ConfigError: the runs hold vectors of another width than the AV reads.
+        ConfigError: the runs hold vectors of another width than the AV reads, or this AV has read some of them again
+            together with another AR.
         StoreUnavailableError: the database cannot be read or written.
     """
     if wrong := stored_widths(engine, run_ids) - {verbalizer.d_model}:
         raise ConfigError(
             f"the AV reads d_model {verbalizer.d_model}, the runs hold vectors of d_model "
             f"{', '.join(map(str, sorted(wrong)))}; name an AV of the model that was monitored"
+        )
+    ours = reconstructor.content_hash if reconstructor is not None else None
+    if others := scored_by(engine, run_ids, verbalizer.content_hash) - {ours}:
+        told = ", ".join(sorted(other[:12] if other else "none" for other in others))
+        raise ConfigError(
+            f"this AV has read these runs again before, scored by another AR ({told}); the one given now is "
+            f"{ours[:12] if ours else 'none'}. Scores of two ARs do not compare: name the same AR as then"
         )
     total = count_unread(engine, run_ids, verbalizer.content_hash)
     done = unreadable = 0

@@ -24,8 +24,9 @@ def demo(
     story: Annotated[StoryName, typer.Option(help="Which story to run.")] = StoryName.DEFAULT,
     seed: Annotated[int, typer.Option(min=0, help="Decides the data; the measured steps are fixed.")] = 0,
     database: Annotated[
-        Path, typer.Option(dir_okay=False, help="SQLite file that keeps everything; a new run is added to it.")
-    ] = Path("nla-monitor-demo.db"),
+        str,
+        typer.Option(metavar="FILE", help="SQLite file (or sqlite:/// URL) that keeps it; a new run is added to it."),
+    ] = "nla-monitor-demo.db",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON at the end; the show goes to stderr.")
     ] = False,
@@ -43,7 +44,19 @@ def demo(
     from nla_monitor.cli.demo.view import View
 
     view = View(Console(stderr=as_json, highlight=False))
-    summary = runner.run(story.value, seed, database.resolve(), view)
+    summary = runner.run(story.value, seed, _file(database), view)
     view.summary(summary)
     if as_json:
         sys.stdout.write(runner.as_json(summary) + "\n")
+
+
+def _file(database: str) -> Path:
+    """The SQLite file that is meant; other commands take URLs, so does this one."""
+    from nla_monitor.errors import ConfigError
+
+    name = database.removeprefix("sqlite:///")
+    if not name or "://" in name:
+        raise ConfigError(
+            f"--database {database!r}: the demo keeps an SQLite file; name one, such as nla-monitor-demo.db"
+        )
+    return Path(name).resolve()

@@ -46,6 +46,13 @@ def next_unread(engine: Engine, run_ids: Sequence[str], av_hash: str, *, after: 
         return [*{row["sample_id"]: to_reading(row) for row in rows}.values()]
 
 
+def scored_by(engine: Engine, run_ids: Sequence[str], av_hash: str) -> set[str | None]:
+    """Hashes of the ARs that scored what this AV read again in these runs; None: without an AR."""
+    query = select(RereadingRow.ar_hash).where(RereadingRow.run_id.in_(list(run_ids)), RereadingRow.av_hash == av_hash)
+    with read(engine) as connection:
+        return set(connection.execute(query.distinct()).scalars())
+
+
 def stored_widths(engine: Engine, run_ids: Sequence[str]) -> set[int]:
     """``d_model`` of the runs' samples that were read."""
     query = select(SampleRow.d_model).where(SampleRow.run_id.in_(list(run_ids))).distinct()

@@ -196,6 +196,8 @@ def test_stored_vectors_can_be_read_by_another_nla_stopped_and_taken_up_again(
     assert count_readings(engine, run_ids=["run-1"], av_hash=other.content_hash) == 16
     assert reverbalize(engine, other, None, ["run-1"], batch=8).read == 48
     assert reverbalize(engine, other, None, ["run-1"], batch=8).read == 0
+    with pytest.raises(ConfigError, match=r"scored by another AR \(none\).*name the same AR"):
+        reverbalize(engine, other, nla[1], ["run-1"])
     assert reverbalize(engine, nla[0], nla[1], ["run-1"]).read == 0  # it read them live
     again = replay(rules, engine, ["run-1"], av_hash=other.content_hash)
     assert (again.readings, len(again.matches), again.supports) == (64, 64, {})
