@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 import shutil
 from collections.abc import Sequence
@@ -212,6 +213,26 @@ def test_stored_vectors_can_be_read_by_another_nla_stopped_and_taken_up_again(
 def test_an_av_of_another_width_is_refused_before_anything_is_read(repository: Repository) -> None:
     with pytest.raises(ConfigError, match="name an AV of the model that was monitored"):
         reverbalize(repository.engine, FakeVerbalizer(["words"], d_model=8), None, ["run-1"])
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_garbage_collection_is_as_it_was_after_a_replay_that_failed(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, collecting: bool
+) -> None:
+    seen = []
+
+    def stop(*_: object, **__: object) -> None:
+        seen.append(gc.isenabled())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nla_monitor.replay.stream_readings", stop)
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            replay(load_rules(["oversight"]), repository.engine, ["run-1"])
+        assert (seen, gc.isenabled()) == ([False], collecting)
+    finally:
+        gc.enable()
 
 
 def same(one: Replay, other: Replay) -> bool:
