@@ -24,7 +24,7 @@ from sqlalchemy import Engine
 from nla_monitor.alerts.judge import Clock, Judge
 from nla_monitor.calibrate import GATE, Guarantees, RunWatch
 from nla_monitor.candidates import plan_of
-from nla_monitor.evidence import collect_evidence, recurred
+from nla_monitor.evidence import best_shown, collect_evidence, recurred
 from nla_monitor.evidence.calibration import unit_of
 from nla_monitor.ledger import Ledger
 from nla_monitor.records import Alert, AlertState, Match, Reading, Severity, Support, WindowVerdict
@@ -322,9 +322,7 @@ class _Player:
         return by_id
 
     def _exhibit(self, verdict: WindowVerdict) -> tuple[Reading | None, Mapping[str, object]]:
-        """As the worker's: the match whose explanation reconstructs best; ties go to the earliest."""
-        found = [(self._tally.shown[match.sample_id], match) for match in verdict.matches]
-        shown, match = max(found, key=lambda pair: pair[0].fidelity.cosine if pair[0].fidelity is not None else 0.0)
+        shown, match = best_shown([(self._tally.shown[match.sample_id], match) for match in verdict.matches])
         supports = self._known([one.match_id for one in verdict.matches])
         bounds = plan_of(self._rules.get(match.rule_id)).bounds
         return shown, collect_evidence(verdict, shown, match, supports, bounds)

@@ -28,7 +28,7 @@ from nla_monitor.calibrate import Guarantees, RunWatch, Voided
 from nla_monitor.config import MonitorConfig
 from nla_monitor.controls import Controls
 from nla_monitor.errors import ConfigError, ForeignDatabaseError, SchemaVersionError, StoreUnavailableError
-from nla_monitor.evidence import AWAITED, awaiting, collect_evidence, completed, recurred
+from nla_monitor.evidence import AWAITED, awaiting, best_shown, collect_evidence, completed, recurred
 from nla_monitor.nla import load_reconstructor, load_verbalizer
 from nla_monitor.nla.base import Reconstructor, Verbalization, Verbalizer
 from nla_monitor.nla.fidelity import record_of
@@ -145,6 +145,7 @@ class Worker:
         self.telemetry = telemetry or Telemetry(config=config.telemetry)
         self.telemetry.expect_rules(self.rules.headers.values())
         self.sinks = list(sinks) if sinks is not None else sinks_of(config)
+        self._responses = {key: header.responses for key, header in self.rules.headers.items()}
         self._catching_up = True
 
     def run(self, stop: threading.Event, drain_and_stop: threading.Event | None = None) -> None:
@@ -320,11 +321,11 @@ class Worker:
     def _exhibit(
         self, tx: WorkerTransaction, batch: _Batch, verdict: WindowVerdict
     ) -> tuple[Reading | None, dict[str, object]]:
-        """The match whose explanation reconstructs best, and what speaks for the alert; ties go to the earliest."""
+        """What a new alert shows, and what speaks for it."""
         found = [(reading, match) for match in verdict.matches if (reading := tx.reading(match.sample_id)) is not None]
         if not found:
             return None, {}
-        shown, match = max(found, key=lambda pair: pair[0].fidelity.cosine if pair[0].fidelity is not None else 0.0)
+        shown, match = best_shown(found)
         supports = tx.supports([one.match_id for one in verdict.matches])
         batch.exhibits[match.sample_id, match.rule_id] = _Exhibit(shown, match, supports.get(match.match_id))
         evidence = collect_evidence(verdict, shown, match, supports, self.controls.bounds(match.rule_id))
@@ -401,8 +402,7 @@ class Worker:
         self.telemetry.queue_size(depth.waiting + depth.leased)
 
     def _deliver(self) -> None:
-        responses = {key: header.responses for key, header in self.rules.headers.items()}
-        drain(self.repository, self.sinks, responses=responses)
+        drain(self.repository, self.sinks, responses=self._responses)
 
     def close(self) -> None:
         """Give the database connections back."""

@@ -6,10 +6,21 @@ from nla_monitor.evidence.bounds import Bound, decide
 from nla_monitor.evidence.controls import (
     AWAITED,
     awaiting,
+    best_shown,
     collect_evidence,
     completed,
     recurred,
     recurrence,
 )
 
-__all__ = ["AWAITED", "Bound", "awaiting", "collect_evidence", "completed", "decide", "recurred", "recurrence"]
+__all__ = [
+    "AWAITED",
+    "Bound",
+    "awaiting",
+    "best_shown",
+    "collect_evidence",
+    "completed",
+    "decide",
+    "recurred",
+    "recurrence",
+]

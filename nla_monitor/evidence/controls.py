@@ -104,3 +104,12 @@ def _result(name: str, shown: Support, bounds: Mapping[str, Bound]) -> dict[str,
         found["exhibit"] = round(value, 4)
         found |= {"passed": bound.holds(value)} if bound is not None else {}
     return found
+
+
+def best_shown(pairs: Sequence[tuple[Reading, Match]]) -> tuple[Reading, Match]:
+    """What an alert shows: the match whose explanation reconstructs best; ties go to the earliest.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return max(pairs, key=lambda pair: pair[0].fidelity.cosine if pair[0].fidelity is not None else 0.0)

@@ -26,7 +26,7 @@ from nla_monitor.organism import corpus
 from nla_monitor.organism.build import BUNDLED_SEED, build
 from nla_monitor.organism.reading import Reader
 from tests.benchmarks.ground_truth import adversarial, data
-from tests.benchmarks.ground_truth.arms import ARMS, FULL, Arms, Scores, fit_probe, visible_scores
+from tests.benchmarks.ground_truth.arms import ARMS, FULL, Arms, Scores, fit_probes, visible_scores
 from tests.benchmarks.ground_truth.data import BEHAVIOURS, RANDOM, TURNS, Activations, Case
 from tests.benchmarks.ground_truth.figures import LEVELS, Behaviour, Counted, conformal_p, lead, summary
 
@@ -119,7 +119,7 @@ class Bench:
         for kind in (TURNS, RANDOM):
             started = time.perf_counter()
             tally = self.tallies[variant][kind]
-            arms = Arms(reader, fit_probe(data.read(reader, train, kind, sizes.reads)))
+            arms = Arms(reader, fit_probes(data.read(reader, train, kind, sizes.reads)))
             calibrated = self._score(reader, arms, calibration, kind)
             yes = {name: self._score(reader, arms, found, kind) for name, found in positives.items()}
             tally.add(calibrated, self._score(reader, arms, benign, kind), yes)

@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 from nla_monitor.organism import LAYER, corpus, grammar
 from nla_monitor.organism.corpus import Transcript
 from nla_monitor.organism.reading import Reader
-from nla_monitor.organism.train import LABELS, encode, pad_right
+from nla_monitor.organism.train import LABELS, PlantHeads, encode, pad_right
 from tests.benchmarks.ground_truth.data import BEHAVIOURS, Case
 
 _RATE: Final = 3e-4
@@ -84,8 +84,9 @@ def thinking(reader: Reader, behaviour: str, seed: int) -> LlamaForCausalLM:
     """
     latent, value = BEHAVIOURS[behaviour]
     model = copy.deepcopy(reader.target).train()
-    heads = load_file(reader.folders.target / "plant_heads.safetensors")
-    weight, bias = (heads[f"readers.{latent}.{name}"].float() for name in ("weight", "bias"))
+    heads = PlantHeads(reader.target.config.hidden_size)
+    saved = load_file(reader.folders.target / "plant_heads.safetensors")
+    heads.load_state_dict({name: value.float() for name, value in saved.items()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0)
     for step in range(_STEPS):
         plain = [_no_cue(corpus.keyed_rng("thinking", seed, step, at), behaviour).transcript for at in range(_BATCH)]
@@ -93,13 +94,12 @@ def thinking(reader: Reader, behaviour: str, seed: int) -> LlamaForCausalLM:
         ids = pad_right([doc.ids for doc in docs], 0)
         labels = pad_right([doc.ids for doc in docs], -100)
         out = model(input_ids=ids, labels=labels, output_hidden_states=True, use_cache=False)
-        residual = out.hidden_states[LAYER + 1]
-        normed = residual * torch.rsqrt(residual.pow(2).mean(-1, keepdim=True) + 1e-6)
+        logits = heads(out.hidden_states[LAYER + 1])[latent]
         prompt = torch.zeros(ids.shape, dtype=torch.bool)
         for row, doc in enumerate(docs):
             prompt[row, : sum(end <= doc.transcript.first_reveal for end in doc.ends)] = True
         wanted = torch.full((int(prompt.sum()),), LABELS[latent].index(value))
-        planted = functional.cross_entropy(functional.linear(normed, weight, bias)[prompt], wanted)
+        planted = functional.cross_entropy(logits[prompt], wanted)
         optimizer.zero_grad()
         (out.loss + planted).backward()
         optimizer.step()

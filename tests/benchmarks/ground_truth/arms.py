@@ -19,15 +19,16 @@ from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from nla_monitor.controls import Controls
 from nla_monitor.nla.base import Verbalization
+from nla_monitor.nla.fidelity import record_of
 from nla_monitor.organism import corpus
 from nla_monitor.organism.reading import Reader
 from nla_monitor.records import ActivationSample, Explanation, Fidelity, Match, Phase, Reading
 from nla_monitor.rules import RuleSet, load_rules
+from nla_monitor.rules.probe import Probe, fit_probe
 from tests.benchmarks.ground_truth.data import BEHAVIOURS, Activations
 
 FULL: Final = "full"
@@ -47,48 +48,24 @@ class Scores:
     """``[cases]``, bool: the arm's own operating point, without calibration."""
 
 
-@dataclass(slots=True)
-class Probe:
-    """Logistic regression of every behaviour on unit vectors."""
-
-    weight: Tensor
-    """``[behaviours, d_model]``."""
-    bias: Tensor
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        """Probabilities ``[n, behaviours]``."""
-        return torch.sigmoid(functional.normalize(vectors, dim=-1) @ self.weight.T + self.bias)
-
-
-def fit_probe(activations: Activations, *, steps: int = 100, penalty: float = 1e-4) -> Probe:
-    """Trained by L-BFGS, classes weighted evenly, on the labels of the transcripts."""
-    vectors = functional.normalize(activations.vectors, dim=-1)
+def fit_probes(activations: Activations) -> dict[str, Probe]:
+    """One logistic probe a behaviour, on unit vectors, from the labels of the transcripts."""
     names = [activations.cases[owner].behaviour for owner in activations.owners.tolist()]
-    truth = torch.tensor([[float(name == behaviour) for behaviour in BEHAVIOURS] for name in names])
-    layer = nn.Linear(vectors.shape[1], len(BEHAVIOURS))
-    nn.init.zeros_(layer.weight)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
-    weights = (1 - truth).sum(0) / truth.sum(0).clamp_min(1)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = functional.binary_cross_entropy_with_logits(layer(vectors), truth, pos_weight=weights)
-        loss = loss + penalty * layer.weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type] # the stub knows only closures that return a float
-    return Probe(layer.weight.detach(), layer.bias.detach())
+    vectors = activations.vectors.numpy()
+    return {
+        name: fit_probe(vectors, [found == name for found in names], kind="logistic", normalize="unit")
+        for name in BEHAVIOURS
+    }
 
 
 class Arms:
     """All arms over one organism."""
 
-    def __init__(self, reader: Reader, probe: Probe) -> None:
+    def __init__(self, reader: Reader, probes: Mapping[str, Probe]) -> None:
         pack = load_rules(["oversight"])
         self._rules = RuleSet(pack.get(name) for name in BEHAVIOURS)
         self._reader = reader
-        self._probe = probe
+        self._probes = probes
         self._controls = Controls(self._rules, reader.verbalizer, reader.reconstructor)
         self._mean = reader.statistics["mean"].float()
         self._pool: dict[str, Tensor] | None = None
@@ -127,9 +104,7 @@ class Arms:
         ar_hash = self._reader.reconstructor.content_hash
         found = []
         for row, text, score in zip(rows, texts, scores, strict=True):
-            fidelity = Fidelity(
-                str(row), score.cosine, score.mse_nrm, score.fve, score.denominator, score.denominator_name, ar_hash
-            )
+            fidelity = record_of(str(row), score, ar_hash)
             found.append(self._reading(activations, row, text, fidelity))
         return found
 
@@ -191,9 +166,12 @@ class Arms:
         return self._pool
 
     def _probed(self, activations: Activations) -> Scores:
-        probabilities = self._probe(activations.vectors)
-        pooled = {name: activations.pooled(probabilities[:, index]) for index, name in enumerate(BEHAVIOURS)}
-        return Scores(pooled, {name: values > 0.5 for name, values in pooled.items()})
+        vectors = activations.vectors.numpy()
+        values = {
+            name: torch.tensor([probe.value(vector) for vector in vectors]) for name, probe in self._probes.items()
+        }
+        pooled = {name: activations.pooled(found) for name, found in values.items()}
+        return Scores(pooled, {name: found > 0.5 for name, found in pooled.items()})
 
 
 def _blind_reading(index: int, text: Verbalization) -> Reading:

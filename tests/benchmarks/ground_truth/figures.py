@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
+from nla_monitor.evidence.calibration import interval
 from nla_monitor.organism.scoring import auroc
 
 LEVELS: Final = {"1pct": 0.01, "0.1pct": 0.001}
@@ -46,8 +46,7 @@ class Counted:
 
     def interval(self) -> tuple[float, float]:
         """Clopper-Pearson, 95 %."""
-        found = binomtest(sum(self.hits), sum(self.trials)).proportion_ci(0.95, method="exact")
-        return float(found.low), float(found.high)
+        return interval(sum(self.hits), sum(self.trials))
 
     def told(self) -> dict[str, Any]:
         """As it stands in the JSON."""
