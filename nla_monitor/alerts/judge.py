@@ -84,6 +84,8 @@ class Clock(NamedTuple):
 
     def after(self, sample: ActivationSample) -> Clock:
         """The clock once this sample is read; it never goes back."""
+        if sample.step == self.step and sample.captured_at <= self.now:
+            return self  # what most readings of a batch do
         step = max((step for step in (self.step, sample.step) if step is not None), default=None)
         return Clock(step, max(self.now, sample.captured_at))
 
@@ -203,6 +205,8 @@ class Judge:
             self._clock = clock
         if self._guarantee is not None:
             self._guarantee.take(reading)
+        if not matches and not (moved and self._firing):
+            return
         new = {self._key(match.rule_id, match.group): match for match in matches}
         for key in sorted((new.keys() | (self._firing if moved else set())) & self._conditions.keys()):
             condition = self._conditions[key]

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 import cel
 
-from nla_monitor.rules.fields import FIELDS, PREFIXES, TOP_LEVEL, unknown_field
+from nla_monitor.rules.fields import APART, FIELDS, PREFIXES, TOP_LEVEL, Variables, unknown_field
 from nla_monitor.rules.problems import BadRule, Path, nearest
 
 logger = logging.getLogger(__name__)
@@ -55,15 +56,15 @@ class Condition:
         self._memo: dict[tuple[bool, ...], bool] = {}
         self._undecided = False
 
-    def holds(self, met: Mapping[str, bool], reading: Callable[[], Mapping[str, Any]]) -> bool:
+    def holds(self, met: Mapping[str, bool], known: Variables) -> bool:
         """Whether the condition is met, given which selections are.
 
         Args:
             met: selection name -> whether the reading meets it.
-            reading: makes the CEL variables of the reading; called only where they are needed.
+            known: the CEL variables of the reading.
         """
         if self.needs_reading:
-            return self._of_reading(met, reading())
+            return self._of_reading(met, known)
         key = tuple(met[name] for name in self._used)
         if (remembered := self._memo.get(key)) is not None:
             return remembered
@@ -72,7 +73,24 @@ class Condition:
             self._memo[key] = result
         return result
 
-    def _of_reading(self, met: Mapping[str, bool], known: Mapping[str, Any]) -> bool:
+    def decided(self, met: Mapping[str, bool]) -> bool | None:
+        """What it comes to whatever the reading's fields are, given which selections are met; None: that depends."""
+        if not self.needs_reading:
+            return self._decide(dict(met))
+        return self._without(met)
+
+    def _without(self, met: Mapping[str, bool]) -> bool | None:
+        """The result that these selections alone decide.
+
+        CEL's ``&&`` and ``||`` have a result where one side decides, even if the other cannot be evaluated; so what is
+        not given here did not matter to a result.
+        """
+        try:
+            return self._program.execute(dict(met)) is True
+        except _UNDECIDED:
+            return None
+
+    def _of_reading(self, met: Mapping[str, bool], known: Variables) -> bool:
         mine = {name: met[name] for name in self._used}
         if self._flat is not None:
             try:
@@ -97,15 +115,8 @@ class Condition:
             return False
 
     def refuted_without(self, absent: Collection[str]) -> bool:
-        """Whether it is false where these selections are unmet, whatever all other selections and fields are.
-
-        CEL's ``&&`` and ``||`` have a result where one side decides, even if the other cannot be evaluated; so what is
-        not given here did not matter to a result.
-        """
-        try:
-            return self._program.execute(dict.fromkeys(absent, False)) is False
-        except _UNDECIDED:
-            return False
+        """Whether it is false where these selections are unmet, whatever all other selections and fields are."""
+        return self._without(dict.fromkeys(absent, False)) is False
 
     def decidable(self, values: Mapping[str, Any]) -> bool:
         """Whether the condition has a result for these values (for ``lint``)."""
@@ -118,19 +129,21 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class _Flat:
-    """The same condition with ``fidelity__fve`` for ``fidelity.fve``: no mapping is copied, 6 µs saved."""
+    """The same condition with ``fidelity__fve`` for ``fidelity.fve``: no mapping is made or copied, 6 µs saved."""
 
     program: Any
-    plain: tuple[str, ...]
-    members: tuple[tuple[str, str, str], ...]
-    """Name in the program, field, member."""
+    names: tuple[str, ...]
+    meta: tuple[str, ...]
+    """Names of keys of ``meta``, which need not be there."""
 
-    def execute(self, met: dict[str, bool], known: Mapping[str, Any]) -> Any:
-        """The result; a member that is not there is an unknown name, an error in CEL as well."""
-        values: dict[str, Any] = {**met, **{name: known[name] for name in self.plain}}
-        for flat, name, member in self.members:
-            if member in (mapping := known[name]):
-                values[flat] = mapping[member]
+    def execute(self, met: dict[str, bool], known: Variables) -> Any:
+        """The result; a key that is not there is an unknown name, an error in CEL as well."""
+        values: dict[str, Any] = met
+        for name in self.names:
+            values[name] = known[name]
+        for name in self.meta:
+            with suppress(KeyError):
+                values[name] = known[name]
         return self.program.execute(values)
 
 
@@ -141,23 +154,24 @@ _TOKEN: Final = re.compile(rf"({_STRING.pattern})|(?<![.\w])({'|'.join(PREFIXES)
 
 def _flattened(source: str, fields: Sequence[str]) -> _Flat | None:
     """None where a condition asks for a mapping as a whole, or whether it has a key."""
-    members: dict[str, tuple[str, str]] = {}
+    members: set[str] = set()
 
     def flat(found: re.Match[str]) -> str:
         if found[1] is not None:
             return found[1]
-        members[name := f"{found[2]}__{found[3]}"] = (found[2], found[3])
+        members.add(name := f"{found[2]}{APART}{found[3]}")
         return name
 
     text = _TOKEN.sub(flat, source)
     mappings = {name for name in fields if name in PREFIXES}
-    if not members or "__" in source or _UNFLATTENED.search(source):
+    if not members or APART in source or _UNFLATTENED.search(source):
         return None
     program = cel.compile(text)
     if mappings & set(program.variables()):
         return None
     plain = tuple(name for name in fields if name not in PREFIXES)
-    return _Flat(program, plain, tuple((name, *parts) for name, parts in members.items()))
+    meta = {name for name in members if name.startswith(f"meta{APART}")}
+    return _Flat(program, (*plain, *sorted(members - meta)), tuple(sorted(meta)))
 
 
 def compile_condition(source: Any, selections: Sequence[str], path: Path, example: Mapping[str, Any]) -> Condition:

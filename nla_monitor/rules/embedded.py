@@ -9,7 +9,7 @@ from typing import Literal
 
 from nla_monitor.errors import NLAMonitorError
 from nla_monitor.records import Match, Reading
-from nla_monitor.rules.fields import variables
+from nla_monitor.rules.fields import Variables
 from nla_monitor.rules.matchers import Text
 from nla_monitor.rules.problems import Path, dotted, line_of
 from nla_monitor.rules.rule import Rule, reading_of
@@ -65,7 +65,7 @@ def _case(rule: Rule, kind: Kind, index: int, case: TestCase) -> RuleTestResult:
 def _judged(rule: Rule, case: TestCase, sample_id: str) -> tuple[Match | None, Mapping[str, str]]:
     reading = reading_of(case, sample_id)
     try:
-        return rule.judged(reading, Text(case.text), lambda: variables(reading), case.given)
+        return rule.judged(reading, Text(case.text), Variables(reading), case.given)
     except NLAMonitorError as error:  # no extra, no model: the tests that need it fail, the others are still run
         return None, {rule.specials[0].name: str(error)}
 

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from nla_monitor.records import Match, Reading
-from nla_monitor.rules.fields import variable
+from nla_monitor.rules.fields import Variables
 from nla_monitor.rules.matchers import Text
 from nla_monitor.rules.prefilter import Prefilter, Screened
 from nla_monitor.rules.rule import Rule
@@ -17,7 +16,7 @@ from nla_monitor.rules.rule import Rule
 
 def evaluate_rules(rules: Iterable[Rule], reading: Reading) -> list[Match]:
     """Matches of one reading, in the order of the rules."""
-    text, known = Text(reading.explanation.text), _known(reading)
+    text, known = Text(reading.explanation.text), Variables(reading)
     return [match for rule in rules if (match := rule.match(reading, text, known)) is not None]
 
 
@@ -26,7 +25,7 @@ def evaluate_screened(prefilter: Prefilter, reading: Reading, screened: Screened
     text, candidates = prefilter.look(reading.explanation.text, screened)
     if not candidates:
         return []
-    known = _known(reading)
+    known = Variables(reading)
     return [
         match
         for candidate in candidates
@@ -37,20 +36,3 @@ def evaluate_screened(prefilter: Prefilter, reading: Reading, screened: Screened
 def evaluate_rule(rule: Rule, reading: Reading) -> Match | None:
     """The match of one rule with one reading, or None."""
     return next(iter(evaluate_rules([rule], reading)), None)
-
-
-def _known(reading: Reading) -> Callable[[], Mapping[str, Any]]:
-    found = _Variables(reading)
-    return lambda: found
-
-
-class _Variables(dict[str, Any]):
-    """``fields.variables`` of a reading, each made when it is asked for."""
-
-    def __init__(self, reading: Reading) -> None:
-        super().__init__()
-        self._reading = reading
-
-    def __missing__(self, name: str) -> Any:
-        value = self[name] = variable(name, self._reading)
-        return value

@@ -85,6 +85,8 @@ GROUP_KEYS: Final = (
 """What a window may be grouped by, beside ``meta.<key>``."""
 
 PREFIXES: Final = ("fidelity", "explanation", "agent", "meta")
+APART: Final = "__"
+"""Stands for the dot in names of members that CEL is given one by one."""
 _MEMBERS: Final[Mapping[str, Mapping[str, Field]]] = {
     prefix: {field.name.removeprefix(f"{prefix}."): field for field in _ALL if field.name.startswith(f"{prefix}.")}
     for prefix in PREFIXES
@@ -108,6 +110,28 @@ def unknown_field(name: str, also: Iterable[str] = ()) -> str:
 def variables(reading: Reading) -> dict[str, Any]:
     """A reading as CEL sees it: known names always present (null where unknown), ``meta`` as it came."""
     return {name: variable(name, reading) for name in TOP_LEVEL}
+
+
+class Variables(dict[str, Any]):
+    """``variables`` of a reading, each made when it is asked for; ``fidelity__fve`` is member ``fve`` of ``fidelity``.
+
+    Raises ``KeyError`` for a key of ``meta`` that nobody set, and for what is no name.
+    """
+
+    def __init__(self, reading: Reading) -> None:
+        super().__init__()
+        self._reading = reading
+
+    def __missing__(self, name: str) -> Any:
+        prefix, apart, member = name.partition(APART)
+        if not apart:
+            value = variable(name, self._reading)
+        elif prefix == "meta":
+            value = self._reading.sample.attributes[member]
+        else:
+            value = _MEMBERS[prefix][member].get(self._reading)
+        self[name] = value
+        return value
 
 
 def variable(name: str, reading: Reading) -> Any:

@@ -14,7 +14,7 @@ all else is, the rule cannot match.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -23,9 +23,10 @@ import re2  # type: ignore[import-untyped]  # google-re2 ships no type informati
 from ahocorasick_rs import AhoCorasick, Implementation
 
 from nla_monitor.records import Reading
-from nla_monitor.rules.matchers import Block, Comparison, Selection, Text, TextTest
+from nla_monitor.rules.fields import Variables
+from nla_monitor.rules.matchers import Block, Selection, Text, TextTest
 from nla_monitor.rules.patterns import TextPattern, re2_options, readable
-from nla_monitor.rules.rule import Known, Rule
+from nla_monitor.rules.rule import Rule
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,9 @@ class Prefilter:
         return found
 
 
+_Test: TypeAlias = Callable[[Reading], bool]
+
+
 class Candidate(NamedTuple):
     """A rule that some reading of a text may match."""
 
@@ -88,15 +92,25 @@ class Candidate(NamedTuple):
     """Selections that the text cannot meet."""
     whole: bool
     """Whether all other selections only compare values: the condition can then be decided without the text."""
+    memo: dict[tuple[bool, ...], bool | dict[str, bool]]
+    """Whether it may match, by the outcomes of ``plan.values``; what is met, where fields of the reading decide."""
 
-    def may_match(self, reading: Reading, known: Known) -> bool:
+    def may_match(self, reading: Reading, known: Variables) -> bool:
         """Whether the reading's values leave the rule possible, too."""
         if not self.plan.values:
             return True
-        met = {name: _met(blocks, reading) for name, blocks in self.plan.values}
+        outcome = tuple([holds(reading) for _, holds in self.plan.values])
+        if (verdict := self.memo.get(outcome)) is None:
+            verdict = self._judged({name: met for (name, _), met in zip(self.plan.values, outcome, strict=True)})
+            if len(self.memo) < _MEMO:
+                self.memo[outcome] = verdict
+        return verdict if isinstance(verdict, bool) else self.rule.condition.holds(verdict, known)
+
+    def _judged(self, met: dict[str, bool]) -> bool | dict[str, bool]:
         if self.whole:
-            met.update(dict.fromkeys(self.absent, False))
-            return self.rule.condition.holds(met, known)
+            everything = {**met, **dict.fromkeys(self.absent, False)}
+            decided = self.rule.condition.decided(everything)
+            return everything if decided is None else decided
         unmet = [name for name, holds in met.items() if not holds]
         return not unmet or not self.plan.refuted(self.absent.union(unmet))
 
@@ -108,9 +122,11 @@ class _Plan:
     rule: Rule
     texts: Mapping[str, tuple[frozenset[int], ...]]
     """Selections that no reading meets unless its text holds something: per block, the tests that must all hold."""
-    values: tuple[tuple[str, tuple[tuple[Comparison, ...], ...]], ...]
-    """Selections that only compare values: per block, the comparisons that must all hold."""
+    values: tuple[tuple[str, _Test], ...]
+    """Selections that only compare values."""
     memo: dict[frozenset[str], bool] = field(default_factory=dict)
+    candidates: dict[frozenset[str], Candidate] = field(default_factory=dict)
+    """By what is absent."""
 
     @classmethod
     def of(cls, rule: Rule) -> _Plan:
@@ -121,7 +137,7 @@ class _Plan:
             if all(block.texts for block in selection.blocks)
         }
         values = tuple(
-            (selection.name, tuple(block.comparisons for block in selection.blocks))
+            (selection.name, _test_of(selection.blocks))
             for selection in known
             if all(block == Block(block.comparisons, ()) for block in selection.blocks)
         )
@@ -134,8 +150,12 @@ class _Plan:
         )
         if self.refuted(absent):
             return None
-        named = len(self.rule.selections) + len(self.rule.specials)
-        return Candidate(self.rule, self, absent, len(absent) + len(self.values) == named)
+        if (known := self.candidates.get(absent)) is None:
+            named = len(self.rule.selections) + len(self.rule.specials)
+            known = Candidate(self.rule, self, absent, len(absent) + len(self.values) == named, {})
+            if len(self.candidates) < _MEMO:
+                self.candidates[absent] = known
+        return known
 
     def refuted(self, absent: frozenset[str]) -> bool:
         """Whether the condition is false with these selections unmet, whatever all else is."""
@@ -146,14 +166,11 @@ class _Plan:
         return known
 
 
-def _met(blocks: tuple[tuple[Comparison, ...], ...], reading: Reading) -> bool:
-    for block in blocks:
-        for comparison in block:
-            if not comparison.holds(reading):
-                break
-        else:
-            return True
-    return False
+def _test_of(blocks: tuple[Block, ...]) -> _Test:
+    """Whether a reading meets any of the blocks, by their comparisons."""
+    if len(blocks) == 1 and len(blocks[0].comparisons) == 1:
+        return blocks[0].comparisons[0].holds
+    return lambda reading: any(all(one.holds(reading) for one in block.comparisons) for block in blocks)
 
 
 def _tests_of(rule: Rule) -> Iterator[TextTest]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path as FilePath
@@ -15,7 +15,7 @@ import numpy as np
 from nla_monitor.records import ActivationSample, AgentContext, Explanation, Fidelity, Hit, Match, Reading, RuleHeader
 from nla_monitor.rules.condition import Condition, check_name, compile_condition
 from nla_monitor.rules.deferred import MAX_DEFERRED, Outcome, ProbeTest, Question, Resolved, Special, resolve, wanted
-from nla_monitor.rules.fields import GROUP_KEYS, META, group_value, variables
+from nla_monitor.rules.fields import GROUP_KEYS, META, Variables, group_value, variables
 from nla_monitor.rules.matchers import Selection, Text, compile_selection
 from nla_monitor.rules.problems import BadRule, Path, nearest
 from nla_monitor.rules.quoted import unquoted
@@ -23,10 +23,6 @@ from nla_monitor.rules.schema import LOGIC, RuleSpec, Span, TestCase, Window
 from nla_monitor.rules.specials import compile_special, is_special, logical
 
 EXCEPTION_NAME: Final = "exceptions[{}]"
-
-
-Known = Callable[[], Mapping[str, Any]]
-"""Makes the CEL variables of a reading, on demand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +67,13 @@ class Rule:
             return None if isinstance(value, str) else value if test.spec.upward else -value
         return None
 
-    def match(self, reading: Reading, text: Text, known: Known) -> Match | None:
+    def match(self, reading: Reading, text: Text, known: Variables) -> Match | None:
         """The match of a reading, or None. Judges and classifiers are asked only where the outcome hangs on them.
 
         Args:
             reading: What to look at.
             text: Its explanation, shared between rules.
-            known: Its CEL variables, made on demand and shared between rules.
+            known: Its CEL variables, shared between rules.
         """
         if self.specials:
             return self.judged(reading, text, known, {})[0]
@@ -88,14 +84,14 @@ class Rule:
         return self._match(reading, _together(found))
 
     def judged(
-        self, reading: Reading, text: Text, known: Known, given: Mapping[str, bool]
+        self, reading: Reading, text: Text, known: Variables, given: Mapping[str, bool]
     ) -> tuple[Match | None, Mapping[str, str]]:
         """The match or None, and which selections could not be looked at though the outcome hangs on them.
 
         Args:
             reading: What to look at.
             text: Its explanation.
-            known: Its CEL variables, made on demand.
+            known: Its CEL variables.
             given: What special selections are to say, by name: these are not looked at (embedded tests).
         """
         found = self._found(reading, text)
@@ -109,7 +105,7 @@ class Rule:
         """What it would ask about a reading first, and of which text; asks nothing."""
         text = Text(reading.explanation.text)
         found = self._found(reading, text)
-        outcome = self._outcome(reading, text, cache(lambda: variables(reading)), found)
+        outcome = self._outcome(reading, text, Variables(reading), found)
         yield from wanted(self.specials, outcome, reading, text)
 
     def _found(self, reading: Reading, text: Text) -> Mapping[str, tuple[Hit, ...] | None]:
@@ -117,7 +113,7 @@ class Rule:
         return unquoted(found, reading, self.quoting)
 
     def _outcome(
-        self, reading: Reading, text: Text, known: Known, found: Mapping[str, tuple[Hit, ...] | None]
+        self, reading: Reading, text: Text, known: Variables, found: Mapping[str, tuple[Hit, ...] | None]
     ) -> Outcome:
         plain = {name: hits is not None for name, hits in found.items()}
 
@@ -127,7 +123,7 @@ class Rule:
 
         return outcome
 
-    def _excepted(self, reading: Reading, text: Text, met: Mapping[str, bool], known: Known) -> bool:
+    def _excepted(self, reading: Reading, text: Text, met: Mapping[str, bool], known: Variables) -> bool:
         return any(
             exception.holds(met, known)
             if isinstance(exception, Condition)

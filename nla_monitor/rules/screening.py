@@ -9,20 +9,24 @@ import multiprocessing
 import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import lru_cache
 from typing import Any, Self
 
 from nla_monitor.rules.prefilter import Screened, regex_filter, screen
 
-_FILTER: list[Any] = []
 
-
-def _prepare(sources: Sequence[str]) -> None:
+def _prepare() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for us
-    _FILTER[:] = [regex_filter(sources)]
 
 
-def _screen(texts: Sequence[str]) -> list[Screened]:
-    return [screen(_FILTER[0], text) for text in texts]
+@lru_cache(maxsize=4)
+def _filter(sources: tuple[str, ...]) -> Any:
+    return regex_filter(sources)
+
+
+def _screen(sources: tuple[str, ...], texts: Sequence[str]) -> list[Screened]:
+    found = _filter(sources)
+    return [screen(found, text) for text in texts]
 
 
 class ScreeningPool:
@@ -36,11 +40,14 @@ class ScreeningPool:
     def __init__(self, sources: Sequence[str], processes: int) -> None:
         # Spawned: a fork would copy the locks of torch's and the database's threads.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(processes, context, initializer=_prepare, initargs=(tuple(sources),))
+        self._pool = ProcessPoolExecutor(processes, context, initializer=_prepare)
+        # Goes with each page: as an argument of the initializer it would fill the pipe, and hold us until a process
+        # is up to read it.
+        self._sources = tuple(sources)
 
     def submit(self, texts: Sequence[str]) -> Future[list[Screened]]:
         """Screen a page; the result says of each text which patterns match it."""
-        return self._pool.submit(_screen, texts)
+        return self._pool.submit(_screen, self._sources, texts)
 
     def __enter__(self) -> Self:
         return self

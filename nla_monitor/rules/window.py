@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,9 +52,7 @@ def judge(window: Window, matches: Sequence[Match], *, step: int | None, now: fl
         step: How far the run is (highest step read); None when it has none.
         now: Time that goes with it, Unix seconds.
     """
-    unique = {match.match_id: match for match in matches}.values()
-    stepped = [match for match in unique if _counts_steps(window, match)]
-    timed = [match for match in unique if not _counts_steps(window, match)]
+    stepped, timed = _by_axis(window, {match.match_id: match for match in matches}.values())
     verdicts = []
     if stepped:
         newest = max(match.step or 0 for match in stepped)
@@ -72,12 +70,12 @@ def next_change(window: Window, matches: Sequence[Match], *, step: int | None, n
 
     A verdict changes only where a match enters or leaves the window or its ``for`` span. Infinity: it does not.
     """
-    stepped = [float(match.step or 0) for match in matches if _counts_steps(window, match)]
-    timed = [match.captured_at for match in matches if not _counts_steps(window, match)]
-    newest = max(stepped, default=0.0)
-    steps = _next(_step_axis(window, int(newest) if step is None else step), stepped)
+    stepped, timed = _by_axis(window, matches)
+    moments = [float(match.step or 0) for match in stepped]
+    newest = max(moments, default=0.0)
+    steps = _next(_step_axis(window, int(newest) if step is None else step), moments)
     # Sums of times may be rounded: a little early is as good.
-    return steps, _next(_time_axis(window, now), timed) - _ROUNDING
+    return steps, _next(_time_axis(window, now), [match.captured_at for match in timed]) - _ROUNDING
 
 
 def _next(axis: _Axis, moments: Sequence[float]) -> float:
@@ -100,8 +98,15 @@ def _has_steps(window: Window) -> bool:
     return window.within is None or window.within.steps is not None
 
 
-def _counts_steps(window: Window, match: Match) -> bool:
-    return match.step is not None and _has_steps(window)
+def _by_axis(window: Window, matches: Iterable[Match]) -> tuple[list[Match], list[Match]]:
+    """Matches that count by steps, and those that count by time."""
+    if not _has_steps(window):
+        return [], list(matches)
+    stepped: list[Match] = []
+    timed: list[Match] = []
+    for match in matches:
+        (timed if match.step is None else stepped).append(match)
+    return stepped, timed
 
 
 def _step_axis(window: Window, step: int) -> _Axis:
@@ -126,22 +131,21 @@ def _key(window: Window, match: Match) -> Hashable:
 
 
 def _verdict(window: Window, axis: _Axis, events: list[_Event]) -> WindowVerdict:
-    past = sorted(
-        (event for event in events if event.at <= axis.now), key=lambda event: (event.at, event.match.match_id)
-    )
-    inside = [event for event in past if axis.within is None or event.at > axis.now - axis.within]
-    firing = _held(past, axis, window.count)
-    ordered = sorted(inside, key=lambda event: (event.at, event.match.captured_at, event.match.match_id))
+    begin = -math.inf if axis.within is None else axis.now - axis.within
+    inside = [event for event in events if begin < event.at <= axis.now]
     distinct = len({event.key for event in inside})
-    return WindowVerdict(firing, tuple(event.match for event in ordered), distinct, window.count)
+    firing = distinct >= window.count and (not axis.hold or _held(events, axis, window.count))
+    inside.sort(key=lambda event: (event.at, event.match.captured_at, event.match.match_id))
+    return WindowVerdict(firing, tuple(event.match for event in inside), distinct, window.count)
 
 
-def _held(past: list[_Event], axis: _Axis, count: int) -> bool:
+def _held(events: Iterable[_Event], axis: _Axis, count: int) -> bool:
     """Whether ``count`` distinct events were in the window at every moment of ``[now - hold, now]``.
 
     Between two moments at which an event leaves the window the number only grows, so those moments and the first are
     enough. One sweep: O(n log n) for n events.
     """
+    past = sorted((event for event in events if event.at <= axis.now), key=lambda event: event.at)
     first = axis.now - axis.hold
     leaving = [] if axis.within is None else [event.at + axis.within for event in past]
     moments = [first, *sorted(moment for moment in set(leaving) if first < moment <= axis.now)]
