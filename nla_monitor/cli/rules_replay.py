@@ -403,7 +403,8 @@ def _print_replay(result: Replay, why: str | None) -> None:
 def _over(result: Replay) -> str:
     by = f", read by AV {result.av_hash[:12]}" if result.av_hash is not None else ""
     runs = f"{len(result.runs)} run{'s' if len(result.runs) != 1 else ''}"
-    return f"{result.readings:,} readings of {runs}{by}: {len(result.alerts)} alerts ({result.seconds:.1f} s)"
+    alerts = f"{len(result.alerts)} alert{'s' if len(result.alerts) != 1 else ''}"
+    return f"{result.readings:,} readings of {runs}{by}: {alerts} ({result.seconds:.1f} s)"
 
 
 def _say_unchecked(count: int, why: str | None) -> None:

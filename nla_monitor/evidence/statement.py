@@ -185,12 +185,14 @@ def missing(calibration: Calibration) -> str:
 
 
 def run_sentence(standing: Standing) -> str:
-    """What the run-level test says, in one line."""
+    """What the run-level test says, in one line; of chance only while the set's promise holds."""
     tests, tally = standing.tests, standing.tally
     value, limit = shown(tests.log_e(tally)), shown(tests.hits.log_limit)
     counts = f"{tally.hits} of {tally.sequences} sequences hit, e = {value:.3g}, alarm at {limit:.3g}"
     if not tally.alarmed:
         return f"no alarm ({counts})"
+    if tally.void:
+        return f"ALARM ({counts})"
     return f"ALARM ({counts}): on a benign run, ever, with a chance of {percent(tests.hits.level)} at most"
 
 
