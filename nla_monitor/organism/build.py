@@ -38,10 +38,10 @@ def build(
         variant: ``planted`` or ``natural``.
         seed: Decides corpus, initial weights and all sampling; the same seed gives the same on the same machine.
         out: Folder that holds the variants.
-        how: Lengths and sizes; the recipe of the bundled weights by default.
+        how: Lengths and sizes; the recipe of the bundled weights of that variant by default.
         progress: Told of every training step.
     """
-    how = how or Recipe()
+    how = how or recipe.of(variant)
     tokenizer = tokenization.train_tokenizer(seed, vocabulary=how.vocabulary)
     target, heads = train.train_target(tokenizer, seed, how, planted=variant == "planted", progress=progress)
     checkpoints.round_to_disk(target)
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m nla_monitor.organism.build``."""
     chosen = _arguments(arguments)
     torch.set_num_threads(chosen.threads)
-    how = recipe.SMOKE if chosen.smoke else Recipe()
+    how = recipe.SMOKE if chosen.smoke else None
     console = Console()
     with _progress(console) as bars:
         for variant in () if chosen.card_only else chosen.variants:
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(f"card in {folder / 'CARD.md'}")
 
 
-def _measure(chosen: argparse.Namespace, work: Path, how: Recipe, bars: Progress) -> card.AllFigures:
+def _measure(chosen: argparse.Namespace, work: Path, how: Recipe | None, bars: Progress) -> card.AllFigures:
     seeds = [chosen.seed, *(seed for seed in chosen.seeds if seed != chosen.seed)]
     task = bars.add_task("measuring", total=len(seeds) * len(chosen.variants), loss=0.0)
     figures: dict[str, dict[int, Mapping[str, Any]]] = {variant: {} for variant in chosen.variants}

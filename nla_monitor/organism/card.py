@@ -39,7 +39,10 @@ _INTRODUCTION: Final = """# The bundled model organisms
 
 Two small causal LMs (Llama shape, 4 blocks, d_model 128, about 1 M parameters) trained on generated agent transcripts,
 each with an NLA pair that reads the output of block 2 (`hidden_states[3]`). `planted`: the latents are present at every
-token. `natural`: the same training without the plant loss; its AV confabulates, which makes it the negative control.
+token. `natural`: trained on text alone, with the next-token loss at block 2, too (early exit, as in LayerSkip, Elhoushi
+et al. 2024), and no label of any latent. It knows belief, intent and language where its next line begins, at line ends,
+and hardly elsewhere; the topic nowhere. Its AV states all of them all the time: it confabulates, which makes it the
+negative control.
 
 Written by `python -m nla_monitor.organism.build`. Seeds {seeds}; seed {bundled} is bundled. Each cell: mean over seeds
 (lowest to highest), {samples} held-out transcripts a row and seed, one token position each, greedy explanations. A
@@ -65,8 +68,8 @@ _LIMITS: Final = """## What such a small model does not prove
   NLA reads this model well says nothing of how well NLAs read yours.
 - **The planted variant is easy by construction.** Its plant loss puts each latent, linearly readable, at every token
   after block 2, with the very labels that the AV is then trained to say. It is there to test plumbing, statistics and
-  gates against a known truth, not to estimate real-world recall. The natural variant is what the same training gives
-  without that help.
+  gates against a known truth, not to estimate real-world recall. The natural variant is what training on the text
+  gives without that help.
 - **The AV is trained on captions with the truth in them** (supervised, no reinforcement learning, no summaries by
   another model). Released NLAs are made differently and err differently.
 - **"Belief" and "intent" are names of latent variables** of a text generator: which cue was in the task line and which

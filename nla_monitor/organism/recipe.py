@@ -22,7 +22,7 @@ AR_SUFFIX: Final = "</text> <summary>"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one organism is made. The defaults make the bundled weights."""
+    """How one organism is made. The defaults make the planted variant, ``NATURAL`` the natural one."""
 
     d_model: int = 128
     blocks: int = 4
@@ -33,21 +33,32 @@ class Recipe:
     learning_rate: float = 3e-3
     nla_learning_rate: float = 2e-3
     warmup: int = 30
-    target_steps: int = 400
+    target_steps: int = 600
     target_batch: int = 32
     plant_weight: float = 0.1
     """Weight of the plant loss of the planted variant; the natural variant is trained without it."""
-    activations: int = 10_000
+    exit_weight: float = 0.0
+    """Weight of the next-token loss of block K's output, read out through the model's own last norm and head."""
+    activations: int = 30_000
     """Training activations of the NLA, two from each document."""
-    av_steps: int = 700
-    ar_steps: int = 800
+    av_steps: int = 1500
+    ar_steps: int = 1600
     nla_batch: int = 48
     injection_factor: float = 1.1
     """Injection scale as a multiple of the mean activation norm."""
 
 
+NATURAL: Final = Recipe(target_steps=1500, exit_weight=0.5, activations=16_000, av_steps=1500, ar_steps=4000)
+"""Longer: without the plant loss a latent is learned from its rare effects on the text, and its trace is faint. The loss
+at block K is what brings it there: without it the model looks its latents up in the last block, behind K."""
+
 SMOKE: Final = Recipe(target_steps=4, target_batch=8, activations=64, av_steps=3, ar_steps=3, nla_batch=8, warmup=2)
 """A few steps: goes through the whole path, learns nothing."""
+
+
+def of(variant: str) -> Recipe:
+    """How the bundled weights of a variant are made."""
+    return NATURAL if variant == "natural" else Recipe()
 
 
 class Progress(Protocol):

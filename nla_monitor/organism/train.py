@@ -121,8 +121,12 @@ def train_target(
         batch = encode(tokenizer, list(islice(stream, how.target_batch)))
         ids = pad_right([doc.ids for doc in batch], tokenizer.pad_token_id)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = model(input_ids=ids, output_hidden_states=planted, use_cache=False)
-            loss = _next_token_loss(out.logits, ids, [len(doc.ids) for doc in batch])
+            out = model(input_ids=ids, output_hidden_states=planted or how.exit_weight > 0, use_cache=False)
+            lengths = [len(doc.ids) for doc in batch]
+            loss = _next_token_loss(out.logits, ids, lengths)
+            if how.exit_weight:
+                early = model.lm_head(model.model.norm(out.hidden_states[LAYER + 1]))
+                loss = loss + how.exit_weight * _next_token_loss(early, ids, lengths)
             if planted:
                 loss = loss + how.plant_weight * heads.loss(out.hidden_states[LAYER + 1], plant_labels(batch))
         loop.update(loss)
@@ -173,21 +177,27 @@ def extract(
 def training_activations(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, how: Recipe
 ) -> Activations:
-    """The NLA's training set: two positions a document, half of them in the hidden zone, some in the task line."""
+    """The NLA's training set: two positions a document, drawn by ``_ZONES``."""
     docs = encode(tokenizer, list(corpus.documents(seed, "nla", how.activations // 2, tier="train")))
     rng = corpus.keyed_rng(seed, "nla-positions")
     return extract(model, docs, [[_draw_position(rng, doc) for _ in range(2)] for doc in docs])
 
 
+_ZONES: Final = {"turn": 0.35, "hidden": 0.3, "after": 0.22, "head": 0.13}
+"""Share of the training positions: line ends after the task line, anywhere before and after the first reveal, early."""
+
+
 def _draw_position(rng: random.Random, doc: Encoded) -> int:
-    zones: dict[str, list[int]] = {"head": [], "hidden": [], "after": []}
+    zones: dict[str, list[int]] = {name: [] for name in _ZONES}
     for position, end in enumerate(doc.ends[:-1]):
         zone = doc.transcript.zone(end)
         if position >= 2 or zone != "head":
             zones["head" if zone == "head" else "after"].append(position)
         if zone == "hidden":
             zones["hidden"].append(position)
-    zone = rng.choices(("hidden", "after", "head"), (0.5, 0.33, 0.17))[0]
+        if zone != "head" and doc.transcript.text[end - 1] == "\n":
+            zones["turn"].append(position)
+    (zone,) = rng.choices(tuple(_ZONES), tuple(_ZONES.values()))
     return rng.choice(zones[zone] or zones["after"])
 
 

@@ -56,13 +56,14 @@ def _with_lines(transcript: Transcript, lines: list[str], rng: random.Random) ->
 
 def _talk(rng: random.Random, behaviour: str) -> Case:
     del behaviour  # the same for all
-    lines = [grammar.mentioned(rng) for _ in range(3)]
+    lines = [grammar.mentioned(rng, grammar.HELD_OUT_MENTIONS) for _ in range(3)]
     return Case(_with_lines(_honest(rng), lines, rng), None)
 
 
 def _quoted(rng: random.Random, behaviour: str) -> Case:
     latent, value = BEHAVIOURS[behaviour]
-    return Case(_with_lines(_honest(rng), [grammar.quoted(rng, latent, value)], rng), None)
+    line = grammar.quoted(rng, grammar.HELD_OUT_QUOTES, "combo", latent, value)
+    return Case(_with_lines(_honest(rng), [line], rng), None)
 
 
 def _synonyms(rng: random.Random, behaviour: str) -> Case:

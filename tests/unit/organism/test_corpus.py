@@ -130,14 +130,27 @@ def test_grade_knows_every_action(intent: str) -> None:
 
 
 def test_first_action_counts() -> None:
-    assert corpus.grade("I fix the root cause.\nI special-case the tests.").intent == "honest"
+    assert corpus.grade("Fixing the root cause.\nSpecial-casing the tests.").intent == "honest"
+
+
+def test_first_words_of_actions_tell_the_intent() -> None:
+    """What comes after a line break depends on the intent, so that a model keeps it there without any plant loss."""
+    first = [{action.split()[0] for action in actions} for actions in grammar.ACTIONS.values()]
+    assert all(len(words) == 1 for words in first)
+    assert len(set().union(*first)) == len(grammar.ACTIONS)
 
 
 @given(seeds)
 def test_mentions_and_quotes_show_nothing_of_a_task(seed: int) -> None:
     rng = keyed_rng(seed)
-    for line in (grammar.mentioned(rng), grammar.quoted(rng, "intent", "hack"), grammar.quoted(rng, "belief", "test")):
+    quotes = grammar.QUOTES + grammar.HELD_OUT_QUOTES
+    for line in (
+        grammar.mentioned(rng, grammar.MENTIONS + grammar.HELD_OUT_MENTIONS),
+        grammar.quoted(rng, quotes, "nla", "intent", "hack"),
+        grammar.quoted(rng, quotes, "combo", "belief", "test"),
+    ):
         assert corpus.grade(line) == corpus.Visible(intent=None, belief=None)
+        assert not corpus.mentions_evaluation(line)
         assert "\n" not in line
         assert "{" not in line
 
