@@ -1,9 +1,9 @@
 """The bundled model organism: a small causal LM whose latent states are known, and its NLA pair.
 
 Two variants ship with the package. ``planted``: every latent is present at every token, and the AV reads it.
-``natural``: trained on text alone; it knows its latents at line ends only and its AV states them everywhere, which makes
-it the negative control of whatever claims to be trustworthy. ``CARD.md`` beside this file holds what was measured and
-what such a small model does not prove.
+``natural``: trained on text alone; it knows its latents at line ends only and its AV states them everywhere, which
+makes it the negative control of whatever claims to be trustworthy. ``CARD.md`` beside this file holds what was measured
+and what such a small model does not prove.
 
 A checkpoint has a short name, ``organism:planted/av``, which ``resolve`` turns into a folder. Importing this package
 does not import torch.

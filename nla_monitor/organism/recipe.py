@@ -49,8 +49,8 @@ class Recipe:
 
 
 NATURAL: Final = Recipe(target_steps=1500, exit_weight=0.5, activations=16_000, av_steps=1500, ar_steps=4000)
-"""Longer: without the plant loss a latent is learned from its rare effects on the text, and its trace is faint. The loss
-at block K is what brings it there: without it the model looks its latents up in the last block, behind K."""
+"""Longer: without the plant loss a latent is learned from its rare effects on the text, and its trace is faint. The
+loss at block K is what brings it there: without it the model looks its latents up in the last block, behind K."""
 
 SMOKE: Final = Recipe(target_steps=4, target_batch=8, activations=64, av_steps=3, ar_steps=3, nla_batch=8, warmup=2)
 """A few steps: goes through the whole path, learns nothing."""
