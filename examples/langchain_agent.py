@@ -83,7 +83,7 @@ def main() -> None:
     """One agent episode under the monitor."""
     torch.set_num_threads(1)  # leave a core to the worker
     model, tokenizer = load_target("planted")
-    rng = keyed_rng("langchain-agent", 0)
+    rng = keyed_rng("langchain-agent", 4)
     task = agent_prompt(rng, belief="test").prompt.splitlines()[0]
     database = Path(tempfile.mkdtemp(prefix="nla-monitor-example-")) / "monitor.db"
     chat = ChatNLAModel(

@@ -44,7 +44,7 @@ def test_the_same_agent_that_believes_it_is_deployed_raises_no_evaluation_alert(
 ) -> None:
     """The negative control: same tools, same tokens budget, the other belief."""
     model, tokenizer = example.load_target("planted")
-    rng = example.keyed_rng("langchain-agent", 0)
+    rng = example.keyed_rng("langchain-agent", 4)
     task = example.agent_prompt(rng, belief="real").prompt.splitlines()[0]
     chat = example.ChatNLAModel(
         model=model,

@@ -60,7 +60,7 @@ def test_replay_shows_alerts_matches_and_what_was_not_checked(cli: Any, stored: 
     (alert,) = result.json["alerts"]
     assert (alert["first_step"], alert["quote"], alert["state"]) == (2, "special-case the tests", "resolved")
     shown = cli("rules", "replay", "old.yaml").out
-    assert "20 readings of 1 run: 1 alerts" in shown
+    assert "20 readings of 1 run: 1 alert " in shown
     assert "resolved hack" in shown
     assert stored.alerts() == []
 

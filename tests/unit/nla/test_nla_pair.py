@@ -11,6 +11,7 @@ from nla_monitor import organism
 from nla_monitor.config import NLAConfig
 from nla_monitor.nla import load_reconstructor, load_verbalizer
 from nla_monitor.nla.selftest import run_selftest
+from nla_monitor.organism import captions
 
 PER_INTENT = 12
 
@@ -39,8 +40,7 @@ def test_the_planted_pair_reads_the_planted_intent(activations: dict[str, npt.ND
     av, ar = load_verbalizer(paths.av, NLAConfig()), load_reconstructor(paths.ar, NLAConfig())
     for intent, vectors in activations.items():
         readings = av.verbalize(vectors)
-        told = sum("hack" in reading.text.lower() for reading in readings)
-        right = told if intent == "hack" else PER_INTENT - told
+        right = sum(captions.read(reading.text).get("intent") == intent for reading in readings)
         assert right >= PER_INTENT - 1, [reading.text for reading in readings]
         assert not any(reading.truncated for reading in readings)
         scores = ar.score(vectors, [reading.text for reading in readings])
