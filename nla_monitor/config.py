@@ -8,16 +8,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nla_monitor.errors import ConfigError
 from nla_monitor.records import Phase, Severity
 
 WorkerMode = Literal["process", "thread", "external"]
 Positions = Literal["prompt", "completion", "all"]
+RoleTrigger = Literal["turn_end", "assistant", "tool_result"]
 
 
 class _Section(BaseModel):
@@ -37,27 +38,113 @@ class NLAConfig(_Section):
     threads: int | None = Field(None, ge=1, description="torch CPU threads of the worker; default 1 on CPU")
 
 
+class BurstConfig(_Section):
+    """A closer look after an alert."""
+
+    steps: int = Field(20, ge=1, description="optimizer steps (training forwards where no step is told) that it lasts")
+    factor: int = Field(4, ge=2, le=64, description="times the sequences, the random positions and the triggers")
+
+
+class ScreenConfig(_Section):
+    """A number that is measured of every sampled vector where it is, before anything is copied."""
+
+    name: str = Field(pattern="^[a-z][a-z0-9_]*$", description="as in rules: screen.<name>")
+    kind: Literal["probe", "novelty", "norm"] = Field(
+        description="probe: a linear probe (the file of a rule's probe); novelty: how far the direction is from those "
+        "of this run so far; norm: the L2 norm"
+    )
+    file: str | None = Field(None, description="probe: its safetensors file, relative to the config file")
+    dims: int = Field(32, ge=2, le=512, description="novelty: dimensions of the random projection")
+
+    @model_validator(mode="after")
+    def _a_probe_has_a_file(self) -> ScreenConfig:
+        if (self.kind == "probe") != (self.file is not None):
+            needs = "needs a file" if self.kind == "probe" else "takes no file"
+            raise ValueError(f"a screen of kind {self.kind!r} {needs}")
+        return self
+
+
 class CaptureConfig(_Section):
-    """What is sampled, and how much."""
+    """What is sampled, and how much. All limits are of one process: of one rank in distributed training."""
 
     layer: int | None = Field(None, ge=0, description="K, output of decoder block K; default: the AV sidecar's")
-    every_n_steps: int = Field(1, ge=1)
-    sequences_per_step: int = Field(8, ge=1, description="at most so many sequences of a forward pass")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="several layers, in place of layer: those that the AV does not read must be in screen_only"
+    )
+    screen_only: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="layers whose vectors are screened and stored at the same positions, and never verbalized"
+    )
+    screens: tuple[ScreenConfig, ...] = Field(
+        (), description="measured of each raw vector; the unusual is verbalized first"
+    )
+    every_n_steps: int = Field(1, ge=1, description="training forwards of every N-th optimizer step only")
+    sequences_per_step: int = Field(
+        8, ge=1, description="at most so many sequences of an optimizer step, or of a forward pass outside training"
+    )
     tokens_per_sequence: int = Field(2, ge=0, description="random positions per sequence")
     triggers: tuple[str, ...] = Field(
-        (), description="token strings (or ids) after which a sample is always taken: turn ends, control tokens"
+        (),
+        description="token strings, token ids, or texts of up to 16 tokens, after whose last token a sample is always "
+        "taken: turn ends, control tokens",
+    )
+    role_triggers: tuple[RoleTrigger, ...] = Field(
+        (),
+        description="triggers found in the tokenizer's chat template: turn_end, assistant (the sequence that opens the "
+        "model's turn), tool_result (what opens a tool's)",
     )
     triggers_per_sequence: int = Field(2, ge=0)
+    text_triggers: tuple[str, ...] = Field(
+        (), description="RE2 patterns: a candidate position is sampled if a match in the text before it ends there"
+    )
+    text_candidates: int = Field(
+        16, ge=1, le=512, description="positions per sequence that text_triggers are tried on, drawn at random"
+    )
     generated_tokens: int = Field(8, ge=0, description="agent generations: samples of written tokens, at most")
     positions: Positions = Field("all", description="prompt: where labels are -100; completion: where they are not")
-    skip_first: int = Field(0, ge=0, description="positions at the start of a sequence that are never sampled")
+    skip_first: int = Field(
+        10,
+        ge=0,
+        description="positions at the start of a sequence that are not drawn at random, where it has others; triggers "
+        "are taken wherever they stand",
+    )
     skip_special_tokens: bool = True
+    norm_sink_factor: float | None = Field(
+        5.0,
+        gt=1.0,
+        description="random samples whose norm is above so many running medians are attention sinks: left out and "
+        "counted; null keeps them",
+    )
+    samples_per_second: float | None = Field(
+        None, gt=0, description="samples taken on average, at most; beyond it a keyed share of them is taken"
+    )
+    backpressure: bool = Field(
+        default=False,
+        description="take a smaller keyed share while the queue in memory is more than half full, so that it need not "
+        "drop its oldest",
+    )
+    max_backlog: int | None = Field(
+        None, ge=1, description="samples waiting to be read at which next to none is taken; thinned from half of it on"
+    )
+    reservoir: int | None = Field(
+        None, ge=1, description="random training samples kept of each epoch: a uniform keyed sample"
+    )
+    burst: BurstConfig | None = Field(None, description="sample more for some steps after an alert of this run")
     phases: tuple[Phase, ...] = (Phase.TRAIN, Phase.EVAL, Phase.AGENT)
     seed: int = 0
     store_text: bool = Field(
         default=True, description="keep the text before the token in the database (never in telemetry)"
     )
     context_tokens: int = Field(128, ge=0, description="how many tokens of text to keep with a sample")
+
+    @model_validator(mode="after")
+    def _layers_and_screens_are_named_once(self) -> CaptureConfig:
+        if self.layer is not None and self.layers:
+            raise ValueError("layer and layers are both given; use one of them")
+        names = [screen.name for screen in self.screens]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"screens share the name {', '.join(map(repr, twice))}; give each its own")
+        return self
 
 
 class QueueConfig(_Section):
@@ -66,6 +153,12 @@ class QueueConfig(_Section):
     max_samples: int = Field(8192, ge=1, description="samples in memory; the oldest are dropped and counted beyond it")
     write_batch: int = Field(256, ge=1)
     write_interval_seconds: float = Field(0.2, gt=0)
+    priority_seconds: float = Field(
+        3600.0,
+        ge=0,
+        description="what screens find most unusual is verbalized as if it had come so many seconds earlier; whatever "
+        "has waited longer goes before it",
+    )
 
 
 class WorkerConfig(_Section):
@@ -134,6 +227,34 @@ def load_config(source: str | Path | Mapping[str, Any] | MonitorConfig | None = 
     return _absolute_paths(_validate(_read_yaml(path), str(path)), path.resolve().parent)
 
 
+_NLA_KEYS = ("av", "ar", "device", "revision", "batch_size")
+
+
+def overridden(config: MonitorConfig, overrides: Mapping[str, Any]) -> MonitorConfig:
+    """A config with the keyword arguments of ``Monitor`` laid over it.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    if not overrides:
+        return config
+    data = config.model_dump()
+    for key, value in overrides.items():
+        if key in _NLA_KEYS:
+            data["nla"][key] = str(value) if isinstance(value, Path) else value
+        elif key == "layer":
+            data["capture"]["layer"] = value
+        elif key == "worker" and isinstance(value, str):
+            data["worker"]["mode"] = value
+        elif key == "stop_on":
+            data["alerts"]["stop_on"] = value
+        elif isinstance(value, Mapping) and isinstance(data.get(key), dict):
+            data[key] |= dict(value)
+        else:
+            data[key] = value
+    return load_config(data)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -163,9 +284,12 @@ def _explain(item: Any) -> str:
         return f"{key} = {item['input']!r}: {item['msg']}"
     section: type[BaseModel] = MonitorConfig
     for part in item["loc"][:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
+        if isinstance(part, int):  # of a list of sections
+            continue
+        annotation = section.model_fields[part].annotation
+        for kind in (annotation, *get_args(annotation)):  # a section, or one that may be null
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                section = kind
     nearest = difflib.get_close_matches(str(item["loc"][-1]), section.model_fields, n=1, cutoff=0.4)
     valid = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(section.model_fields)}"
     return f"unknown key {key!r}; {valid}"
@@ -182,7 +306,12 @@ def _absolute_paths(config: MonitorConfig, base: Path) -> MonitorConfig:
         update={"av": resolve(config.nla.av), "ar": resolve(config.nla.ar) if config.nla.ar else None}
     )
     rules = tuple(resolve(rule) for rule in config.rules)
-    return absolute_database(config, base).model_copy(update={"nla": nla, "rules": rules})
+    screens = tuple(
+        screen if screen.file is None else screen.model_copy(update={"file": resolve(screen.file)})
+        for screen in config.capture.screens
+    )
+    capture = config.capture.model_copy(update={"screens": screens})
+    return absolute_database(config, base).model_copy(update={"nla": nla, "rules": rules, "capture": capture})
 
 
 def absolute_database(config: MonitorConfig, base: Path | None) -> MonitorConfig:

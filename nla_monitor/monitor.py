@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from nla_monitor import ranks
-from nla_monitor.alerts.responses import Responses
+from nla_monitor.alerts.responses import Responses, describe
+from nla_monitor.annotations import Annotations
 from nla_monitor.capture import Capture
 from nla_monitor.capture.session import SessionHandle
-from nla_monitor.config import MonitorConfig, absolute_database, load_config
-from nla_monitor.errors import AttachError, ConfigError, StoreError
+from nla_monitor.config import MonitorConfig, absolute_database, load_config, overridden
+from nla_monitor.errors import AttachError, StoreError
 from nla_monitor.guard import Guard
 from nla_monitor.nla.sidecar import load_sidecar
 from nla_monitor.organism import resolve
@@ -37,11 +38,13 @@ from nla_monitor.records import (
     uuid7,
 )
 from nla_monitor.rules import load_rules
+from nla_monitor.scalars import ScalarBoard
 from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.store.repository import Repository
 from nla_monitor.store.session import open_engine, prepare
 from nla_monitor.supervisor import WorkerProcess, current_folder
 from nla_monitor.telemetry import Telemetry
+from nla_monitor.watched import Watched, layers_of, screens_of
 from nla_monitor.worker import Worker, check_pair, sinks_of
 
 logger = logging.getLogger("nla_monitor")
@@ -87,7 +90,7 @@ class Monitor:
     ) -> None:
         self._folder = current_folder()
         # A host may change its folder later; new connections and the worker must still mean the same file.
-        self.config = absolute_database(_override(load_config(config), overrides), self._folder)
+        self.config = absolute_database(overridden(load_config(config), overrides), self._folder)
         self._pid = os.getpid()
         self.telemetry = telemetry or Telemetry(config=self.config.telemetry)
         self.guard = Guard(on_fault=self.telemetry.fault)
@@ -96,17 +99,23 @@ class Monitor:
         self._sidecar = load_sidecar(resolve(nla.av), "av", revision=nla.revision)
         if nla.ar is not None:
             check_pair(self._sidecar, load_sidecar(resolve(nla.ar), "ar", revision=nla.revision))
-        self.layer = _layer(self.config, self._sidecar.layer)
+        self._layers = layers_of(self.config.capture, self._sidecar.layer)
+        screens_of(self.config.capture)
         alerts = self.config.alerts
-        self._responses = Responses(load_rules(self.config.rules).headers, log=alerts.log, stop_on=alerts.stop_on)
+        headers = load_rules(self.config.rules).headers
+        self._responses = Responses(headers, log=alerts.log, stop_on=alerts.stop_on)
         sinks_of(self.config)
         engine = open_engine(self.config.database, in_process=self.config.worker.mode == "thread")
         prepare(engine)
         self._engine = engine
         self.repository = Repository(engine)
-        self.spool = SqlSpool(engine, max_attempts=self.config.worker.max_attempts)
+        attempts, head_start = self.config.worker.max_attempts, self.config.queue.priority_seconds
+        self.spool = SqlSpool(engine, max_attempts=attempts, head_start=head_start)
         self.run_id = uuid7()
-        self.capture: Capture | None = None
+        self.annotations = Annotations()
+        self._board = ScalarBoard(engine, headers)
+        self._step: int | None = None
+        self._watched = Watched()
         self._worker: WorkerProcess | None = None
         self._worker_thread: threading.Thread | None = None
         self._stop_worker, self._finish_worker = threading.Event(), threading.Event()
@@ -116,7 +125,7 @@ class Monitor:
         self._states: dict[str, AlertState] = {}
         self._reported_drops: dict[str, int] = {}
         self._stop_alert: Alert | None = None
-        self._warned = False
+        self._said: set[str] = set()
         self._store_down = False
         self._worker_lost = False
         self._measured = (0, 0.0)
@@ -131,12 +140,24 @@ class Monitor:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def attach(self, model: Any, tokenizer: Any = None) -> Self:
+    @property
+    def layer(self) -> int:
+        """K whose samples are verbalized."""
+        return self._layers.verbalized
+
+    @property
+    def capture(self) -> Capture | None:
+        """The capture of the model that was attached first; None before."""
+        return self._watched.first
+
+    def attach(self, model: Any, tokenizer: Any = None, *, name: str | None = None) -> Self:
         """Put the tap on the model and start the worker.
 
         Args:
             model: a transformers model (also wrapped by PEFT, DDP, FSDP or torch.compile).
-            tokenizer: gives samples their text and triggers their meaning; optional.
+            tokenizer: gives samples their text and triggers their meaning; optional, and of the first model where a
+                further one names none.
+            name: of the model, for its samples and for rules (``model``); needed from the second model on.
 
         Raises:
             AttachError: no block list, layer out of range, wrong width, already attached or closed.
@@ -145,38 +166,46 @@ class Monitor:
         """
         if self._closed:
             raise AttachError("this monitor is closed; make a new one")
-        if self.capture is not None:
-            self.capture.attach(model)
+        if self._watched.holds(model, name):
             return self
-        self.tokenizer = tokenizer
         self._check_width(model)
-        self.run_id = ranks.shared_run_id(self.run_id)
-        capture = Capture(
-            self.config.capture,
-            run_id=self.run_id,
-            layer=self.layer,
-            sink=self._spool_samples,
-            guard=self.guard,
-            queue=self.config.queue,
-            tokenizer=tokenizer,
-            rank=ranks.rank(),
-            on_sampled=self.telemetry.sampled,
-            on_dropped=self.telemetry.dropped,
-        )
+        first = not self._watched
+        if first:
+            self.tokenizer = tokenizer
+            self.run_id = ranks.shared_run_id(self.run_id)
+        capture = self._make_capture(self.tokenizer if tokenizer is None else tokenizer, name)
         capture.attach(model)
         try:
-            if ranks.rank() == 0:
+            if first and ranks.rank() == 0:
                 self._start_run(model)
                 self._start_worker()
         except BaseException:
             capture.close(0.0)  # no tap without anybody who reads
             raise
-        self.capture = capture
-        self._watcher = threading.Thread(target=self._watch, name="nla-monitor-watch", daemon=True)
-        self._watcher.start()
-        # A host that ends without close() (Ctrl-C, an exception) still hands over what it sampled.
-        atexit.register(self.close, timeout=_EXIT_SECONDS)
+        self._watched.add(model, name, capture)
+        if first:
+            self._watcher = threading.Thread(target=self._watch, name="nla-monitor-watch", daemon=True)
+            self._watcher.start()
+            # A host that ends without close() (Ctrl-C, an exception) still hands over what it sampled.
+            atexit.register(self.close, timeout=_EXIT_SECONDS)
         return self
+
+    def _make_capture(self, tokenizer: Any, name: str | None) -> Capture:
+        return Capture(
+            self.config.capture,
+            run_id=self.run_id,
+            layer=self._layers.all,
+            sink=self._spool_samples,
+            guard=self.guard,
+            queue=self.config.queue,
+            tokenizer=tokenizer,
+            rank=ranks.rank(),
+            name=name,
+            sessions=self.capture.sessions if self.capture is not None else None,
+            screens=screens_of(self.config.capture),
+            on_sampled=self.telemetry.sampled,
+            on_dropped=self.telemetry.dropped,
+        )
 
     def _check_width(self, model: Any) -> None:
         config = getattr(model, "config", None)
@@ -231,7 +260,7 @@ class Monitor:
         deadline = time.monotonic() + timeout
         complete = False
         with self.guard("close"):
-            complete = self.capture is None or self.capture.close(max(0.0, deadline - time.monotonic()))
+            complete = self._watched.close(max(0.0, deadline - time.monotonic()))
             complete = self._finish(deadline) and complete
         if not complete:
             logger.warning("nla_monitor: not everything sampled is read; nla-monitor worker reads the rest at any time")
@@ -240,7 +269,7 @@ class Monitor:
             self._watcher.join(timeout=5.0)
         with self.guard("close"):
             self._look()  # alerts that came with the last batches
-            if ranks.rank() == 0 and self.capture is not None:
+            if ranks.rank() == 0 and self._watched:
                 self.repository.end_run(self.run_id)
         return complete
 
@@ -258,35 +287,33 @@ class Monitor:
     def step(self, step: int, **attributes: Scalar) -> None:
         """Say which optimizer step the next forwards belong to; attributes travel with the samples (``meta.*``)."""
         with self.guard("step"):
-            if self.capture is not None:
-                self.capture.step(step, **attributes)
+            self._step = step
+            self._watched.step(step, **attributes)
+            self._say(self._watched.replaced(), "replaced")
 
     def check(self) -> str | None:
         """After the first step: what is wrong if the tap has seen nothing; said once in the log, too."""
         with self.guard("check"):
-            problem = self.capture.check_fired() if self.capture is not None else "not attached to a model"
-            if problem is not None and not self._warned:
-                self._warned = True
-                logger.warning("nla_monitor: %s", problem)
+            problem = self._watched.check_fired() if self._watched else "not attached to a model"
+            self._say(problem, "check")
             return problem
         return None
+
+    def _say(self, problem: str | None, kind: str) -> None:
+        if problem is not None and kind not in self._said:
+            self._said.add(kind)
+            logger.warning("nla_monitor: %s", problem)
 
     @contextmanager
     def phase(self, phase: Phase, **attributes: Scalar) -> Iterator[None]:
         """Forwards inside the block belong to this phase, with these attributes."""
-        if self.capture is None:
-            yield
-            return
-        with self.capture.phase(phase, **attributes):
+        with self._watched.phase(phase, **attributes):
             yield
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Forwards inside the block are not sampled."""
-        if self.capture is None:
-            yield
-            return
-        with self.capture.pause():
+        with self._watched.pause():
             yield
 
     def open_session(
@@ -313,6 +340,14 @@ class Monitor:
         with self.guard("close_session"):
             if self.capture is not None and handle is not None:
                 self.capture.sessions.close(handle)
+
+    def scalars(self) -> dict[str, float]:
+        """The run in a few numbers for a tracker (``nla/alerts_firing``, ``nla/fve_mean``, ...: see ``ScalarBoard``).
+
+        What the watcher saw last: asks no database, waits for nothing. Empty before its first look, and on ranks
+        other than 0.
+        """
+        return self._board.values
 
     # -- alerts --------------------------------------------------------------------------------------------------
 
@@ -350,7 +385,7 @@ class Monitor:
     def flush(self, timeout: float = 30.0) -> bool:
         """Wait until everything sampled so far is safely in the spool."""
         with self.guard("flush"):
-            return self.capture is None or self.capture.flush(timeout)
+            return self._watched.flush(timeout)
         return False
 
     def drain(self, timeout: float = 120.0) -> bool:
@@ -373,11 +408,11 @@ class Monitor:
     @property
     def stats(self) -> MonitorStats:
         """Counters so far."""
-        captured = self.capture.stats if self.capture is not None else None
+        captured = self._watched.stats
         return MonitorStats(
-            sampled=captured.sampled if captured else 0,
-            written=captured.written if captured else 0,
-            dropped=dict(captured.dropped) if captured else {},
+            sampled=captured.sampled,
+            written=captured.written,
+            dropped=captured.dropped,
             faults=self.guard.faults,
             worker_restarts=self._worker.restarts if self._worker is not None else 0,
         )
@@ -387,7 +422,7 @@ class Monitor:
     def _spool_samples(self, samples: Sequence[ActivationSample]) -> None:
         """Runs on the capture's own thread."""
         with self.telemetry.capture_span(samples):
-            self.spool.put(samples)
+            self.spool.put(self.annotations.join(samples), unread=self._layers.stored)
 
     def _watch(self) -> None:
         while not self._watch_stop.wait(_WATCH_SECONDS):
@@ -401,22 +436,35 @@ class Monitor:
         """Alerts of the run, as the store has them; and our drops, for the store."""
         try:
             if ranks.rank() == 0:
-                for alert in self.repository.alerts(run_id=self.run_id, limit=_MANY):
+                alerts = self.repository.alerts(run_id=self.run_id, limit=_MANY)
+                for alert in alerts:
                     if self._states.get(alert.alert_id) is not alert.state:
                         self._states[alert.alert_id] = alert.state
                         self._notice(alert)
+                self._refresh_scalars(alerts)
             self._store_drops()
+            if self.config.capture.max_backlog is not None:
+                self._watched.backlog(self.spool.depth().waiting)
             self._store_down = False
         except StoreError as error:
             if not self._store_down:
                 logger.warning("nla_monitor: the store cannot be used now, trying on: %s", error)
             self._store_down = True
 
+    def _refresh_scalars(self, alerts: Sequence[Alert]) -> None:
+        stats = self.stats
+        self._board.refresh(
+            self.run_id,
+            alerts,
+            step=self._step,
+            sampled=stats.sampled,
+            dropped=stats.dropped,
+            faults=stats.faults,
+        )
+
     def _measure_capture(self) -> None:
         """Host time per forward since the last look."""
-        if self.capture is None:
-            return
-        stats = self.capture.stats
+        stats = self._watched.stats
         forwards, seconds = stats.forwards - self._measured[0], stats.host_seconds - self._measured[1]
         if forwards > 0:
             self._measured = (stats.forwards, stats.host_seconds)
@@ -435,59 +483,9 @@ class Monitor:
             logger.warning("%s", describe(alert))
         if alert.state is AlertState.FIRING:
             self._responses.tag(alert)
+            self._watched.burst()
             if self._stop_alert is None and self._responses.stops(alert):
                 self._stop_alert = alert
         for listener in self._listeners:
             with self.guard("on_alert"):
                 listener(alert)
-
-
-def describe(alert: Alert) -> str:
-    """One line for a log: state, severity, rule, where, how sure."""
-    where = f"step {alert.last_step}" if alert.last_step is not None else "no step"
-    fidelity = f"FVE {alert.fve:.2f} ({alert.denominator_name})" if alert.fve is not None else "no fidelity"
-    status = alert.calibration.get("status", "uncalibrated")
-    return (
-        f"nla_monitor alert {alert.state.value}: [{alert.severity.value}] {alert.rule_title} — {where}, "
-        f"position {alert.position}, {alert.matches} matches, {fidelity}, {status}; id {alert.alert_id}"
-    )
-
-
-_NLA_KEYS = ("av", "ar", "device", "revision", "batch_size")
-
-
-def _override(config: MonitorConfig, overrides: Mapping[str, Any]) -> MonitorConfig:
-    """Flat keyword arguments over a config; validated like the file."""
-    if not overrides:
-        return config
-    data = config.model_dump()
-    for key, value in overrides.items():
-        if key in _NLA_KEYS:
-            data["nla"][key] = str(value) if isinstance(value, Path) else value
-        elif key == "layer":
-            data["capture"]["layer"] = value
-        elif key == "worker" and isinstance(value, str):
-            data["worker"]["mode"] = value
-        elif key == "stop_on":
-            data["alerts"]["stop_on"] = value
-        elif isinstance(value, Mapping) and isinstance(data.get(key), dict):
-            data[key] |= dict(value)
-        else:
-            data[key] = value
-    return load_config(data)
-
-
-def _layer(config: MonitorConfig, trained: int | None) -> int:
-    wanted = config.capture.layer
-    if wanted is not None and trained is not None and wanted != trained:
-        raise ConfigError(
-            f"capture.layer is {wanted}, but the AV was trained on the output of block {trained} "
-            f"(hidden_states[{trained + 1}]); off-layer explanations look fluent and mean nothing. "
-            "Leave capture.layer out."
-        )
-    layer = wanted if wanted is not None else trained
-    if layer is None:
-        raise ConfigError(
-            "neither capture.layer nor the AV's sidecar names a layer; set capture.layer to the K of your NLA"
-        )
-    return layer

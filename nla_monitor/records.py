@@ -136,6 +136,14 @@ class ActivationSample:
     agent: AgentContext | None = None
     attributes: Mapping[str, Scalar] = field(default_factory=dict)
     """Free metadata from ``Monitor.step(**attributes)``; rules may use it as ``meta.<key>``."""
+    model: str | None = None
+    """Name that the model was attached by (policy, reference); None where only one is watched."""
+    adapter: str | None = None
+    """Active adapter of the forward, several joined with ``+``; None: without adapter, or with all switched off."""
+    priority: float = 0.0
+    """How unusual its screens found it, 0 to 1 (see ``capture.screens``): what is read first; 0 without screens."""
+    screens: Mapping[str, float] = field(default_factory=dict)
+    """What each screen of the raw vector measured, by the screen's name; rules may use it as ``screen.<name>``."""
 
     @property
     def d_model(self) -> int:

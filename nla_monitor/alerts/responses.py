@@ -53,3 +53,14 @@ class Responses:
         marked = list(self._tags.items())  # another thread may tag meanwhile
         chosen = [tuple(rules) for key, rules in marked if run in {None, key}]
         return tuple(dict.fromkeys(rule for rules in chosen for rule in rules))
+
+
+def describe(alert: Alert) -> str:
+    """One line for a log: state, severity, rule, where, how sure."""
+    where = f"step {alert.last_step}" if alert.last_step is not None else "no step"
+    fidelity = f"FVE {alert.fve:.2f} ({alert.denominator_name})" if alert.fve is not None else "no fidelity"
+    status = alert.calibration.get("status", "uncalibrated")
+    return (
+        f"nla_monitor alert {alert.state.value}: [{alert.severity.value}] {alert.rule_title} — {where}, "
+        f"position {alert.position}, {alert.matches} matches, {fidelity}, {status}; id {alert.alert_id}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nla_monitor.capture.capture import Capture, CaptureStats
+from nla_monitor.capture.keys import thinning_score
 from nla_monitor.capture.layers import DecoderBlocks, find_blocks, unwrap
 from nla_monitor.capture.session import SessionHandle, SessionRegistry
 
@@ -13,5 +14,6 @@ __all__ = [
     "SessionHandle",
     "SessionRegistry",
     "find_blocks",
+    "thinning_score",
     "unwrap",
 ]

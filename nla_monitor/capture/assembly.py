@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nla_monitor.capture import sampling
-from nla_monitor.capture.sampling import Policy
+from nla_monitor.capture import keys, sampling
+from nla_monitor.capture.budget import NormSinks
+from nla_monitor.capture.policy import CANDIDATE, PROMPT_END, RANDOM, Draw, Policy
+from nla_monitor.capture.screens import Screens
 from nla_monitor.capture.session import SessionHandle, SessionView
+from nla_monitor.capture.triggers import TextTriggers
+from nla_monitor.errors import ConfigError
 from nla_monitor.records import ActivationSample, AgentContext, Phase, Scalar, Vector, uuid7
 
 logger = logging.getLogger(__name__)
@@ -30,6 +36,9 @@ class Origin:
     attributes: Mapping[str, Scalar]
     captured_at: float
     """Unix seconds."""
+    model: str | None = None
+    """Name that the model was attached by."""
+    adapter: str | None = None
     sessions: SessionView = field(default_factory=SessionView)
     thread_session: SessionHandle | None = None
 
@@ -51,12 +60,15 @@ class Job:
     meta: Tensor
     """``[n, 10]`` int64, see ``sampling``."""
     context: Tensor | None
-    """``[n, context]`` int64 token ids, -1 where there are none."""
+    """``[n, window]`` int64 token ids, -1 where there are none."""
     event: torch.cuda.Event | None
     origin: Origin
     owners: Owners
-    sequences: int = 1
-    """How many sequences of the batch were chosen."""
+    layer: int
+    draw: Draw
+    """Of the forward; of a generated token, of its prompt."""
+    screens: Tensor | None = None
+    """``[n, screens]`` float32: what was measured of each vector."""
     generated: int | None = None
     """Index of the generated token that the forward read; None for a prompt or a whole sequence."""
 
@@ -83,6 +95,11 @@ class TokenText:
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             logger.warning("samples carry no text: the tokenizer cannot be copied (%s)", error)
 
+    @property
+    def works(self) -> bool:
+        """Whether there is a tokenizer to decode with."""
+        return self._tokenizer is not None
+
     def decode(self, rows: list[list[int]]) -> list[str | None]:
         """Text of each row of ids; None without a tokenizer."""
         if self._tokenizer is None:
@@ -91,16 +108,54 @@ class TokenText:
         return [decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
 
 
+class TextMatcher:
+    """Tells which candidates stand where a text trigger matches, by the text up to them.
+
+    Args:
+        patterns: RE2.
+        text: decodes.
+        window: tokens that are looked at, the candidate included.
+
+    Raises:
+        ConfigError: a pattern cannot be used, or nothing can be decoded.
+    """
+
+    def __init__(self, patterns: Sequence[str], text: TokenText, window: int) -> None:
+        self._triggers = TextTriggers(patterns)
+        self._text = text
+        self._window = window
+        if not text.works:
+            raise ConfigError(
+                "capture.text_triggers need a copy of the tokenizer, and this one cannot be copied. Give attach() "
+                "another, or use capture.triggers"
+            )
+
+    def match(self, rows: list[list[int]]) -> list[str | None]:
+        """For each row of ids, whose last is a candidate: the pattern with a match that ends in it."""
+        tokens = [[token for token in row[-self._window :] if token >= 0] for row in rows]
+        texts = [text or "" for text in self._text.decode([ids for row in tokens for ids in (row, row[:-1])])]
+        found = []
+        for whole, before in zip(texts[::2], texts[1::2], strict=True):
+            # Half a character before the candidate is another text than the whole one after it.
+            start = len(before if whole.startswith(before) else before.rstrip("\ufffd"))
+            found.append(self._triggers.first(whole, start))
+            time.sleep(0)  # see Assembler.build
+        return found
+
+
 class Assembler:
     """Builds ``ActivationSample`` records of jobs.
 
     Args:
         policy: names of triggers, sizes of the random draw.
         run_id: run of every sample.
-        layer: K.
+        screens: what ``Job.screens`` holds, and what is made of it.
         rank: of this process.
         phases: which phases are kept.
         text: decoder for the content fields; None keeps no content.
+        matcher: of text triggers.
+        norm_sink_factor: of ``CaptureConfig``.
+        on_sinks: called with the number of random samples left out because of their norm.
     """
 
     def __init__(
@@ -108,14 +163,21 @@ class Assembler:
         policy: Policy,
         *,
         run_id: str,
-        layer: int,
+        screens: Screens,
         rank: int,
         phases: tuple[Phase, ...],
         text: TokenText | None,
+        matcher: TextMatcher | None = None,
+        norm_sink_factor: float | None = None,
+        on_sinks: Callable[[int], None] | None = None,
     ) -> None:
+        self._matcher = matcher
+        self._sinks = defaultdict[int, NormSinks](partial(NormSinks, norm_sink_factor))
+        """By layer."""
+        self._on_sinks = on_sinks
         self._policy = policy
         self._run_id = run_id
-        self._layer = layer
+        self._screens = screens
         self._rank = rank
         self._phases = phases
         self._text = text
@@ -125,15 +187,20 @@ class Assembler:
         meta: list[list[int]] = job.meta.tolist()
         self._assign(job, meta)
         kept = [number for number, row in enumerate(meta) if self._keep(job, row)]
+        matched = self._match(job, meta, kept)
+        kept = [number for number in kept if meta[number][sampling.KIND] != CANDIDATE or number in matched]
         if not kept:
             return [], 0
         vectors = job.vectors[kept].to(torch.float32).numpy()
         # float64: the squares of large but finite float32 entries overflow float32.
         norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
         finite = [number for number in range(len(kept)) if np.isfinite(norms[number])]
+        lost = len(kept) - len(finite)
+        finite = self._without_sinks(job, meta, kept, finite, norms)
         tokens, contexts = self._decode(job, meta, [kept[number] for number in finite])
+        judged = self._judge(job, kept, vectors, finite)
         samples = []
-        for number, token, context in zip(finite, tokens, contexts, strict=True):
+        for number, token, context, (priority, screens) in zip(finite, tokens, contexts, judged, strict=True):
             samples.append(
                 self._sample(
                     job,
@@ -142,11 +209,36 @@ class Assembler:
                     norm=float(norms[number]),
                     token_text=token,
                     context=context,
+                    priority=priority,
+                    screens=screens,
+                    pattern=matched.get(kept[number]),
                 )
             )
             # Hands the interpreter to the host between records: a thread that asks for it waits up to 5 ms otherwise.
             time.sleep(0)
-        return samples, len(kept) - len(finite)
+        return samples, lost
+
+    def _match(self, job: Job, meta: list[list[int]], kept: list[int]) -> dict[int, str]:
+        """The candidates that a text trigger takes, with its pattern."""
+        candidates = [number for number in kept if meta[number][sampling.KIND] == CANDIDATE]
+        if not candidates or self._matcher is None or job.context is None:
+            return {}
+        found = self._matcher.match(job.context[candidates].tolist())
+        return {number: pattern for number, pattern in zip(candidates, found, strict=True) if pattern is not None}
+
+    def _without_sinks(
+        self, job: Job, meta: list[list[int]], kept: list[int], finite: list[int], norms: Any
+    ) -> list[int]:
+        """Random samples with a sink's norm left out: a trigger's samples were asked for, whatever their norm."""
+        sinks = self._sinks[job.layer]
+        ordinary = []
+        for number in finite:
+            drawn = meta[kept[number]][sampling.KIND] == RANDOM
+            if not (drawn and sinks.is_sink(float(norms[number]))):
+                ordinary.append(number)
+        if self._on_sinks is not None and len(ordinary) < len(finite):
+            self._on_sinks(len(finite) - len(ordinary))
+        return ordinary
 
     def _assign(self, job: Job, meta: list[list[int]]) -> None:
         """Match the rows of a prompt to sessions, once a row."""
@@ -169,15 +261,33 @@ class Assembler:
             return False
         if phase is not Phase.AGENT:
             # Prompt ends and generated tokens are read for agents only.
-            return row[sampling.KIND] != sampling.PROMPT_END and job.generated is None
+            return row[sampling.KIND] != PROMPT_END and job.generated is None
         is_end = job.generated is None and row[sampling.POSITION] == row[sampling.LENGTH] - 1
-        return not (is_end and row[sampling.KIND] == sampling.RANDOM)  # the prompt_end slot holds it already
+        return not (is_end and row[sampling.KIND] == RANDOM)  # the prompt_end slot holds it already
 
     def _phase(self, job: Job, row: list[int]) -> Phase:
         return Phase.AGENT if job.owners.of_row.get(row[sampling.ROW]) is not None else job.origin.phase
 
+    def _judge(
+        self, job: Job, kept: list[int], vectors: Vector, finite: list[int]
+    ) -> list[tuple[float, dict[str, float]]]:
+        """Priority and screens of each finite vector."""
+        if job.screens is None or not finite:
+            return [(0.0, {}) for _ in finite]
+        return self._screens.judge(job.layer, job.screens[kept].numpy()[finite], vectors[finite])
+
     def _sample(
-        self, job: Job, row: list[int], *, vector: Vector, norm: float, token_text: str | None, context: str | None
+        self,
+        job: Job,
+        row: list[int],
+        *,
+        vector: Vector,
+        norm: float,
+        token_text: str | None,
+        context: str | None,
+        priority: float,
+        screens: Mapping[str, float],
+        pattern: str | None,
     ) -> ActivationSample:
         origin = job.origin
         session = job.owners.of_row.get(row[sampling.ROW])
@@ -185,14 +295,14 @@ class Assembler:
         return ActivationSample(
             sample_id=uuid7(),
             run_id=self._run_id,
-            layer=self._layer,
+            layer=job.layer,
             vector=vector,
             norm=norm,
             phase=self._phase(job, row),
-            sequence_id=sampling.hex_of(row[sampling.HASH]),
+            sequence_id=keys.hex_of(row[sampling.HASH]),
             position=row[sampling.POSITION],
             token_id=row[sampling.TOKEN],
-            trigger=self._policy.name(row[sampling.KIND]),
+            trigger=self._policy.name(row[sampling.KIND]) if pattern is None else f"text:{pattern}",
             captured_at=origin.captured_at,
             step=origin.step,
             rank=self._rank,
@@ -203,31 +313,30 @@ class Assembler:
             traceparent=session.traceparent if session is not None else None,
             agent=_agent(session, job.generated),
             attributes=attributes,
+            model=origin.model,
+            adapter=origin.adapter,
+            priority=priority,
+            screens=screens,
         )
 
     def _probability(self, job: Job, row: list[int]) -> float | None:
-        """Chance of this position within its forward: of its sequence among the batch, times of it in the sequence."""
-        if row[sampling.KIND] != sampling.RANDOM:
-            return None
-        draws = self._policy.random if job.generated is None else 1
-        return _share(job.sequences, row[sampling.SEQUENCES]) * _share(draws, row[sampling.DRAWN_FROM])
+        """Chance of this position within its forward, see ``Draw.probability``."""
+        return job.draw.probability(
+            row[sampling.KIND], row[sampling.SEQUENCES], row[sampling.DRAWN_FROM], generated=job.generated is not None
+        )
 
     def _decode(self, job: Job, meta: list[list[int]], numbers: list[int]) -> tuple[list[str | None], list[str | None]]:
         nothing: list[str | None] = [None] * len(numbers)
         if self._text is None or not numbers:
             return nothing, nothing
         tokens = self._text.decode([[meta[number][sampling.TOKEN]] for number in numbers])
-        if job.context is None:
+        if job.context is None or not self._policy.context:
             return tokens, nothing
-        contexts: list[list[int]] = job.context[numbers].tolist()
+        contexts: list[list[int]] = job.context[numbers, -self._policy.context :].tolist()
         return tokens, self._text.decode([[token for token in row if token >= 0] for row in contexts])
 
 
 _ROLES = {0: "prompt", 1: "completion"}
-
-
-def _share(taken: int, available: int) -> float:
-    return 1.0 if available <= taken else taken / available
 
 
 def _agent(session: SessionHandle | None, generated: int | None) -> AgentContext | None:

@@ -12,19 +12,33 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nla_monitor.capture import generation as generations
-from nla_monitor.capture import sampling
-from nla_monitor.capture.assembly import Assembler, Job, Origin, Owners, TokenText
+from nla_monitor.capture.adapters import AdapterState
+from nla_monitor.capture.assembly import Assembler, Job, Origin, Owners, TextMatcher, TokenText
+from nla_monitor.capture.attachable import (
+    MISMATCH,
+    SHARDED,
+    check_attachable,
+    check_original,
+    is_shard,
+    why_nothing,
+    why_replaced,
+    width_of,
+)
+from nla_monitor.capture.budget import Pace
 from nla_monitor.capture.generation import Generation
 from nla_monitor.capture.layers import find_blocks
-from nla_monitor.capture.planning import Plan, is_continuation, is_recompute, job_of, usable
-from nla_monitor.capture.sampling import Choice, build_policy
+from nla_monitor.capture.planning import Plan, choose_rows, is_continuation, is_recompute, jobs_of, settle
+from nla_monitor.capture.policy import Draw, build_policy
+from nla_monitor.capture.sampling import Choice
+from nla_monitor.capture.screens import Screens
 from nla_monitor.capture.session import SessionRegistry, SessionView
 from nla_monitor.capture.staging import StagedJob, Stager
 from nla_monitor.capture.tap import OUTER, ResidualTap, Signals, Slots
@@ -34,7 +48,12 @@ from nla_monitor.guard import Guard
 from nla_monitor.records import ActivationSample, Phase, Scalar
 
 _MAX_IN_FLIGHT = 64
+_LATE_ADAPTERS = 3
+"""Steps for which adapters are looked for that were put into the model after it was attached."""
 BUSY = "busy"
+
+Labeler = Callable[[Signals], Mapping[str, Scalar] | None]
+"""Attributes of a forward that no agent and no ``phase`` block claims; None: it is not read. In the host's thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +69,13 @@ class CaptureStats:
     dropped: dict[str, int]
     """Samples lost, by reason."""
     skipped: dict[str, int]
-    """Forward passes that could not be read, by reason."""
+    """Forward passes that could not be read, and samples left out (``norm_sink``), by reason."""
     unmatched_sessions: int
     """Ended agent sessions of which no forward was seen."""
     host_seconds: float = 0.0
     """CPU time of the host's threads spent in planning, gathering and handing over."""
+    retries: int = 0
+    """Batches that the sink could not take for now; they were kept and tried again."""
 
 
 class _Local(threading.local):
@@ -70,17 +91,20 @@ class _Local(threading.local):
 
 
 class Capture:
-    """Samples the residual stream of one model behind block ``layer``.
+    """Samples the residual stream of one model behind one block, or the same positions behind several.
 
     Args:
         config: what is sampled.
         run_id: run of every sample.
-        layer: K; the output of decoder block K, ``hidden_states[K + 1]``, is read.
+        layer: K, or several: the output of decoder block K, ``hidden_states[K + 1]``, is read.
         sink: gets batches of samples on the background thread; may raise ``StoreUnavailableError`` to be tried again.
         guard: takes our faults.
         queue: bounds of the hand-over.
         tokenizer: resolves triggers and special tokens, decodes text; copied, never used itself.
         rank: of this process among those that train together.
+        name: of the model, for its samples, where several are watched.
+        sessions: shared with the captures of other models; its own otherwise.
+        screens: what is measured of each raw vector.
         on_sampled: called with the number of samples built, on the background thread.
         on_dropped: called with ``(reason, number)``.
 
@@ -94,40 +118,50 @@ class Capture:
         config: CaptureConfig,
         *,
         run_id: str,
-        layer: int,
+        layer: int | Sequence[int],
         sink: Callable[[Sequence[ActivationSample]], None],
         guard: Guard,
         queue: QueueConfig,
         tokenizer: Any = None,
         rank: int = 0,
+        name: str | None = None,
+        sessions: SessionRegistry | None = None,
+        screens: Screens | None = None,
         on_sampled: Callable[[int], None] | None = None,
         on_dropped: Callable[[str, int], None] | None = None,
     ) -> None:
         self.guard = guard
-        self.layer = layer
-        self.sessions = SessionRegistry()
+        self.layers = (layer,) if isinstance(layer, int) else tuple(dict.fromkeys(layer))
+        self.sessions = SessionRegistry() if sessions is None else sessions
+        self.labeler: Labeler | None = None
+        """Set by the integration of a trainer, after ``attach``."""
         self._config = config
         self._tokenizer = tokenizer
         self._run_id = run_id
         self._rank = rank
-        self._text = TokenText(tokenizer) if config.store_text else None
+        self._text = TokenText(tokenizer) if config.store_text or config.text_triggers else None
+        self._screens = Screens(()) if screens is None else screens
         self._policy = build_policy(config, tokenizer)
         self._assembler = self._make_assembler()
         self._stager = Stager(self._build, sink, guard, queue, on_sampled=on_sampled, on_dropped=on_dropped)
+        self._pace = Pace(config, load=lambda: self._stager.depth / queue.max_samples, layers=len(self.layers))
         self._local = _Local()
         self._free: deque[Slots] = deque()
         self._slots_made = 0
+        self._name = name
         self._tap: ResidualTap | None = None
         self._model: nn.Module | None = None
+        self._adapters: AdapterState | None = None
         self._step: int | None = None
         self._attributes: Mapping[str, Scalar] = {}
-        self._budget = 0
         self._steps_done = 0
         """Steps that began and ended while attached: at least one forward each."""
         self._train_forwards = 0
         self._wanted: dict[torch.device, tuple[int, Tensor | None]] = {}
         self._count_lock = threading.Lock()
-        self._forwards = self._planned = self._tapped = 0
+        self._forwards = self._planned = 0
+        self._tapped: Counter[int] = Counter()
+        """Forwards that were gathered, by layer."""
         self._skipped: Counter[str] = Counter()
         self._host_seconds = 0.0
 
@@ -147,29 +181,43 @@ class Capture:
                 return
             raise AttachError(
                 f"this capture is already attached to a {type(self._model).__name__}; detach() it first, or use one "
-                "monitor for each model"
+                "capture for each model"
             )
+        check_original(model)
         found = find_blocks(model)
+        check_attachable(found, self.layers, self._config)
+        self._screens.check(self.layers, width_of(found.base))
         self._policy = build_policy(self._config, self._tokenizer, getattr(found.base, "config", None))
         self._assembler = self._make_assembler()
-        self._tap = ResidualTap(self, model, found, self.layer)
+        self._tap = ResidualTap(self, model, found, self.layers)
         self._model = model
+        self._adapters = AdapterState(model)
 
     def detach(self) -> None:
         """Take the tap off; samples under way are still written."""
         if self._tap is not None:
             self._tap.remove()
-        self._tap = self._model = None
+        self._tap = self._model = self._adapters = None
         self._free.clear()
         self._slots_made = 0
 
     def step(self, step: int, **attributes: Scalar) -> None:
         """The following forwards belong to optimizer step ``step``; its micro-batches share the budget of sequences."""
         if step != self._step:
-            self._budget = 0
+            self._pace.step(step)
             self._steps_done += self._tap is not None and self._step is not None
+            if self._adapters is not None and self._steps_done < _LATE_ADAPTERS:
+                self._adapters.refresh()
         self._step = step
         self._attributes = attributes
+
+    def burst(self) -> None:
+        """An alert fired: the next steps are sampled more closely, if ``capture.burst`` is set."""
+        self._pace.burst()
+
+    def backlog(self, waiting: int) -> None:
+        """So many samples wait to be read: next to none is taken at ``capture.max_backlog``."""
+        self._pace.backlog(waiting)
 
     @contextmanager
     def phase(self, phase: Phase, **attributes: Scalar) -> Iterator[None]:
@@ -211,6 +259,7 @@ class Capture:
             skipped=dict(self._skipped),
             unmatched_sessions=self.sessions.unmatched,
             host_seconds=self._host_seconds,
+            retries=self._stager.retries,
         )
 
     @property
@@ -224,25 +273,26 @@ class Capture:
         Args:
             expected: forwards that the host has run since ``attach``; default: as many as steps were completed.
         """
-        if self._tapped or (self._forwards and not self._planned and not self._skipped):
+        replaced = self.replaced()
+        if replaced is not None:
+            return replaced
+        silent = [layer for layer in self.layers if not self._tapped[layer]]
+        if not silent or (self._forwards and not self._planned and not self._skipped):
             return None
         number = max(self._steps_done if expected is None else expected, self._forwards)
         if not number:
             return None
-        return f"captured 0 of {number} expected forwards at layer {self.layer}: {self._why_nothing()}"
-
-    def _why_nothing(self) -> str:
-        path = self._tap.path if self._tap is not None else "(detached)"
-        late = (
-            "Most often the model was compiled and called before it was attached: attach before the first compiled "
-            "call, or call torch._dynamo.reset() once after attaching"
+        paths = self._tap.blocks if self._tap is not None else ()
+        why = why_nothing(
+            paths, forwards=self._forwards, planned=self._planned, skipped=dict(self._skipped), silent=silent
         )
-        if not self._forwards:
-            return f"no forward of the attached model was seen. {late}; or another model object is the one that runs"
-        if self._planned:
-            return f"the hook on {path} never fired. {late}"
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in self._skipped.items())
-        return f"no forward could be read: {reasons}. Pass input_ids to the model as a [batch, seq] tensor"
+        where = f"layer{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+        return f"captured 0 of {number} expected forwards at {where}: {why}"
+
+    def replaced(self) -> str | None:
+        """What is wrong if a hooked block stands no more in the model; None if all do. Cheap: for every step."""
+        paths = self._tap.replaced() if self._tap is not None else []
+        return why_replaced(paths) if paths else None
 
     # What the hooks call, inside the guard.
 
@@ -263,21 +313,20 @@ class Capture:
             with self._count_lock:
                 self._planned += 1
 
-    def tap(self, hidden: Tensor) -> None:
-        """Gather the planned rows of block K's output ``[batch, seq, d_model]`` (``tap.Receiver``)."""
+    def tap(self, hidden: Tensor, number: int, *, partial: bool) -> None:
+        """Gather the planned rows of a block's output ``[batch, seq, d_model]`` (``tap.Receiver``)."""
         plan = self._local.plan
-        if plan is None or plan.tapped:
+        if plan is None or number in plan.tapped:
             return
-        if hidden.numel() != plan.tokens * hidden.shape[-1]:
-            # Virtual tokens or packing: rows are not what input_ids say; indexing them could read out of range.
-            self._skip("shape_mismatch")
+        if partial or not plan.fits(hidden):  # rows are not what input_ids say; indexing them could read out of range
+            self._skip(SHARDED if partial or is_shard(hidden, plan.shape) else MISMATCH)
             self._release(self._local, keep_level=True)
             return
         with self._ours():
-            plan.slots.gather(hidden)
-        plan.tapped = True
+            plan.slots.gather(hidden, number)
+        plan.tapped.add(number)
         with self._count_lock:
-            self._tapped += 1
+            self._tapped[self.layers[number]] += 1
 
     def end(self, level: int) -> None:
         """Hand over what was gathered (``tap.Receiver``)."""
@@ -288,7 +337,8 @@ class Capture:
         try:
             if plan is not None and plan.tapped:
                 with self._ours():
-                    self._stager.put_nowait(job_of(plan))
+                    for job in jobs_of(plan, self.layers, self._screens, self.guard):
+                        self._stager.put_nowait(job)
         finally:
             self._release(local)
 
@@ -300,6 +350,11 @@ class Capture:
             self._skip("no_input_ids")
             return None
         origin, agent = self._origin(signals, local)
+        if self.labeler is not None and not agent and local.phase is None:
+            labels = self.labeler(signals)
+            if labels is None:
+                return None
+            origin = replace(origin, attributes={**origin.attributes, **labels})
         if is_continuation(signals, ids, local.generation):
             return self._plan_decode(signals, ids, origin, local)
         local.generation = None
@@ -310,24 +365,15 @@ class Capture:
     def _plan_sequences(
         self, signals: Signals, ids: Tensor, origin: Origin, local: _Local, *, agent: bool
     ) -> Plan | None:
-        policy = self._policy
-        real = sampling.real_tokens(ids, signals.mask, policy.pad_id)
-        choice = sampling.choose(
-            policy,
-            ids,
-            real,
-            usable(signals.labels, ids),
-            limit=self._limit(origin.phase, ids.shape[0]),
-            wanted=self._wanted_on(ids.device, origin.sessions) if agent else None,
-            agent=agent,
-        )
+        wanted = self._wanted_on(ids.device, origin.sessions) if agent else None
+        draw, real, choice = choose_rows(self._pace, self._policy, signals, origin, ids=ids, wanted=wanted, agent=agent)
         if choice is None:
             return None
         owners = Owners()
         if agent:
-            local.generation = generations.start(policy, choice, ids, real, signals.cache)
+            local.generation = generations.start(draw, choice, ids, real, signals.cache)
             owners = local.generation.owners
-        return self._open(choice, origin, owners, ids)
+        return self._open(choice, draw, origin, owners, ids)
 
     def _plan_decode(self, signals: Signals, ids: Tensor, origin: Origin, local: _Local) -> Plan | None:
         generation = local.generation
@@ -339,18 +385,24 @@ class Capture:
             return None
         if self._policy.positions == "prompt":
             return None
-        choice, index = generations.advance(self._policy, generation, ids)
-        return None if choice is None else self._open(choice, origin, generation.owners, ids, generated=index)
+        choice, index = generations.advance(generation, ids)
+        if choice is None:
+            return None
+        return self._open(choice, generation.draw, origin, generation.owners, ids, generated=index)
 
     def _open(
-        self, choice: Choice, origin: Origin, owners: Owners, ids: Tensor, generated: int | None = None
+        self, choice: Choice, draw: Draw, origin: Origin, owners: Owners, ids: Tensor, *, generated: int | None = None
     ) -> Plan | None:
         slots = self._acquire()
         if slots is None:
             self._stager.drop(BUSY, choice.meta.shape[0])
             return None
-        slots.plan(choice.index)
-        return Plan(choice, slots, origin, owners, ids.numel(), generated)
+        try:
+            slots.plan(choice.index)
+        except BaseException:
+            self._free.append(slots)  # a plan that fails must not take its slots along: there are only so many
+            raise
+        return Plan(choice, draw, slots, origin, owners, ids.shape, generated)
 
     def _origin(self, signals: Signals, local: _Local) -> tuple[Origin, bool]:
         """Where a forward comes from, and whether an agent's rows may be in it."""
@@ -364,6 +416,8 @@ class Capture:
             step=step,
             attributes={**self._attributes, **local.attributes},
             captured_at=time.time(),
+            model=self._name,
+            adapter=None if self._adapters is None else self._adapters.active,
             sessions=view if agent else SessionView(),
             thread_session=view.of_thread(threading.get_ident()) if agent else None,
         )
@@ -377,16 +431,6 @@ class Capture:
         number = self._train_forwards if self._step is None else self._step
         self._train_forwards += 1
         return number % self._config.every_n_steps == 0
-
-    def _limit(self, phase: Phase, batch: int) -> int:
-        """Sequences that may still be chosen: of an optimizer step in training, of this forward otherwise."""
-        limit = self._config.sequences_per_step
-        if phase is not Phase.TRAIN or self._step is None:
-            return limit
-        with self._count_lock:
-            left = max(0, limit - self._budget)
-            self._budget += min(batch, left)
-        return left
 
     def _wanted_on(self, device: torch.device, view: SessionView) -> Tensor | None:
         version, tensor = self._wanted.get(device, (-1, None))
@@ -418,7 +462,7 @@ class Capture:
         if tap is None or self._slots_made >= _MAX_IN_FLIGHT:
             return None
         self._slots_made += 1
-        return Slots(max(self._policy.slots, 1), tap.device)
+        return Slots(max(self._policy.slots, 1), tap.device, len(self.layers))
 
     def _release(self, local: _Local, *, keep_level: bool = False) -> None:
         plan, local.plan = local.plan, None
@@ -427,21 +471,29 @@ class Capture:
         if plan is not None:
             self._free.append(plan.slots)
 
-    def _skip(self, reason: str) -> None:
+    def _skip(self, reason: str, number: int = 1) -> None:
         with self._count_lock:
-            self._skipped[reason] += 1
+            self._skipped[reason] += number
 
     def _make_assembler(self) -> Assembler:
+        config, policy, matcher = self._config, self._policy, None
+        if config.text_triggers and self._text is not None:
+            matcher = TextMatcher(config.text_triggers, self._text, policy.window)
         return Assembler(
-            self._policy,
+            policy,
             run_id=self._run_id,
-            layer=self.layer,
+            screens=self._screens,
             rank=self._rank,
-            phases=self._config.phases,
-            text=self._text,
+            phases=config.phases,
+            text=self._text if config.store_text else None,
+            matcher=matcher,
+            norm_sink_factor=config.norm_sink_factor,
+            on_sinks=partial(self._skip, "norm_sink"),
         )
 
     def _build(self, job: StagedJob) -> tuple[list[ActivationSample], int]:
         if not isinstance(job, Job):
             raise TypeError(f"the stager gave a {type(job).__name__}, not a Job")
-        return self._assembler.build(job)
+        samples, lost = self._assembler.build(job)
+        settle(self._pace, job, len(samples))
+        return samples, lost

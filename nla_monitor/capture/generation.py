@@ -16,7 +16,9 @@ from torch import Tensor
 
 from nla_monitor.capture import sampling
 from nla_monitor.capture.assembly import Owners
-from nla_monitor.capture.sampling import FIRST_TRIGGER, RANDOM, Choice, Policy
+from nla_monitor.capture.keys import SALT_THIN, score
+from nla_monitor.capture.policy import FIRST_TRIGGER, RANDOM, Draw, Policy
+from nla_monitor.capture.sampling import Choice
 
 
 @dataclass(eq=False, slots=True)
@@ -24,17 +26,19 @@ class Generation:
     """State of one batch that is being generated."""
 
     batch: int
+    draw: Draw
+    """Of its prompt; its thresholds hold for the whole generation."""
     rows: Tensor
     """``[r]`` int64 batch rows that are read."""
     hashes: Tensor
     lengths: Tensor
     """``[r]`` int64 real prompt tokens."""
-    sequences: Tensor
-    """Scalar int64: rows that the choice was made from."""
+    pools: Tensor
+    """``[r]`` int64: how many rows each was chosen from."""
     schedule: Tensor
     """``[r, strata]`` indices of the generated tokens to read."""
     history: Tensor | None
-    """``[r, context]`` newest token ids."""
+    """``[r, policy.history]`` newest token ids."""
     owners: Owners = field(default_factory=Owners)
     cache: weakref.ref[Any] | None = None
     index: int = 0
@@ -52,17 +56,18 @@ class Generation:
         return ids.shape == (self.batch, 1) and (known is None or cache is None or known is cache)
 
 
-def start(policy: Policy, choice: Choice, ids: Tensor, real: Tensor, cache: Any) -> Generation:
+def start(draw: Draw, choice: Choice, ids: Tensor, real: Tensor, cache: Any) -> Generation:
     """The generation whose prompt pass is ``ids`` ``[batch, seq]``."""
-    history = sampling.last_tokens(ids[choice.rows], real[choice.rows], policy.context) if policy.context else None
+    width = draw.policy.history
     return Generation(
         batch=ids.shape[0],
+        draw=draw,
         rows=choice.rows,
         hashes=choice.hashes,
         lengths=choice.lengths,
-        sequences=real.any(dim=1).sum(),
-        schedule=sampling.schedule(policy, choice.hashes),
-        history=history,
+        pools=choice.pools,
+        schedule=sampling.schedule(draw.policy, choice.hashes),
+        history=sampling.last_tokens(ids[choice.rows], real[choice.rows], width) if width else None,
         cache=_reference(cache),
     )
 
@@ -74,8 +79,9 @@ def _reference(cache: Any) -> weakref.ref[Any] | None:
         return None
 
 
-def advance(policy: Policy, generation: Generation, ids: Tensor) -> tuple[Choice | None, int]:
+def advance(generation: Generation, ids: Tensor) -> tuple[Choice | None, int]:
     """The rows to read of one decode pass ``ids`` ``[batch, 1]``, and the index of its token."""
+    policy = generation.draw.policy
     index = generation.index
     generation.index += 1
     stratum = sampling.stratum(index)
@@ -85,36 +91,50 @@ def advance(policy: Policy, generation: Generation, ids: Tensor) -> tuple[Choice
     tokens = ids[:, 0].long()[generation.rows]
     if generation.history is not None:
         generation.history = torch.cat([generation.history[:, 1:], tokens.unsqueeze(1)], dim=1)
-    kinds = policy.kinds(tokens)
+    kinds = _kinds(policy, tokens, generation.history)
     by_key = generation.schedule[:, stratum] == index if planned else torch.zeros_like(kinds, dtype=torch.bool)
     by_trigger = (kinds >= FIRST_TRIGGER) & (generation.triggered < policy.trigger_limit)
     valid = ((by_key & (kinds == 0)) | by_trigger) & (generation.taken < policy.generated)
     generation.taken += valid
     generation.triggered += valid & by_trigger
+    if generation.draw.thins:
+        positions = generation.lengths + index
+        valid = valid & (score(policy.seed, SALT_THIN, generation.hashes, positions) < generation.draw.rate)
     if valid.device.type == "cpu" and not bool(valid.any()):
         return None, index
-    return _choice(generation, tokens, torch.where(by_trigger, kinds, RANDOM), valid, width=1 << stratum), index
+    kinds = torch.where(by_trigger, kinds, RANDOM)
+    return _choice(generation, tokens, kinds, valid, torch.where(by_trigger, 1, 1 << stratum)), index
 
 
-def _choice(generation: Generation, tokens: Tensor, kinds: Tensor, valid: Tensor, *, width: int) -> Choice:
-    number = torch.arange(len(tokens), device=tokens.device)
+def _kinds(policy: Policy, tokens: Tensor, history: Tensor | None) -> Tensor:
+    """``[r]``: entry of the token table, overridden where a longer trigger ends."""
+    kinds = policy.kinds(tokens)
+    if history is not None:
+        for pattern, kind in policy.patterns_on(tokens.device):
+            kinds = torch.where((history[:, -len(pattern) :] == pattern).all(dim=1), kind, kinds)
+    return kinds
+
+
+def _choice(generation: Generation, tokens: Tensor, kinds: Tensor, valid: Tensor, drawn_from: Tensor) -> Choice:
     fields = [
-        number,
+        torch.arange(len(tokens), device=tokens.device),
         valid.long(),
         generation.lengths + (generation.index - 1),
         tokens,
         kinds,
-        torch.full_like(tokens, width),
-        generation.sequences.expand_as(tokens),
+        drawn_from,
+        generation.pools,
         generation.hashes,
         generation.lengths,
         torch.ones_like(tokens),
     ]
+    width = generation.draw.policy.window
     return Choice(
         index=generation.rows,
         meta=torch.stack(fields, dim=1),
-        context=generation.history,
+        context=generation.history[:, -width:] if generation.history is not None and width else None,
         rows=generation.rows,
         hashes=generation.hashes,
         lengths=generation.lengths,
+        pools=generation.pools,
     )

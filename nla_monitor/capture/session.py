@@ -14,7 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nla_monitor.capture.sampling import hash_of
+from nla_monitor.capture.keys import hash_of
 from nla_monitor.records import AgentContext, Scalar
 
 

@@ -103,12 +103,14 @@ class Stager:
         self._urgent = 0
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._retry_at = 0.0
+        self._refused_at = 0.0
         self._retry_seconds = 0.0
         self._oldest_ready = 0.0
         self._dropped: Counter[str] = Counter()
         self.sampled = 0
         self.written = 0
+        self.retries = 0
+        """Batches that the sink could not take for now."""
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -248,15 +250,20 @@ class Stager:
 
     def _due(self) -> bool:
         """Whether there is something to build or to write now; the lock is held."""
-        return bool(self._jobs) or (bool(self._ready) and time.monotonic() >= self._write_at())
+        return bool(self._jobs) or (bool(self._ready) and self._wait_seconds() <= 0)
 
-    def _write_at(self) -> float:
+    def _wait_seconds(self) -> float:
+        """Until the next write; the lock is held."""
+        now = time.monotonic()
         full = len(self._ready) >= self._config.write_batch or self._urgent > 0
-        ripe = 0.0 if full else self._oldest_ready + self._config.write_interval_seconds
-        return max(ripe, self._retry_at)
+        ripe = 0.0 if full else self._config.write_interval_seconds - (now - self._oldest_ready)
+        retry = self._retry_seconds - (now - self._refused_at) if self._retry_seconds else 0.0
+        # Longer than it was meant to be: the clock has jumped back since, and to wait for it could take days.
+        ripe = ripe if ripe <= self._config.write_interval_seconds else 0.0
+        return max(ripe, retry if retry <= self._retry_seconds else 0.0)
 
     def _pause(self) -> float | None:
-        return max(0.0, self._write_at() - time.monotonic()) if self._ready else None
+        return max(0.0, self._wait_seconds()) if self._ready else None
 
     def _take_batch(self) -> list[ActivationSample]:
         return [self._ready.popleft() for _ in range(min(len(self._ready), self._config.write_batch))]
@@ -297,15 +304,16 @@ class Stager:
             if outcome == STORE_UNAVAILABLE:
                 self._back_off(batch, lost)
             else:
-                self._retry_at = self._retry_seconds = 0.0
+                self._retry_seconds = 0.0
                 self._oldest_ready = time.monotonic()
                 self.written += len(batch) if not outcome else 0
                 lost[FAULT] += len(batch) if outcome else 0
         self._report(lost)
 
     def _back_off(self, batch: list[ActivationSample], lost: Counter[str]) -> None:
+        self.retries += 1
         self._retry_seconds = min(_LAST_RETRY_SECONDS, max(_FIRST_RETRY_SECONDS, 2 * self._retry_seconds))
-        self._retry_at = time.monotonic() + self._retry_seconds
+        self._refused_at = time.monotonic()
         self._ready.extendleft(reversed(batch))
         if self._thread is None:  # closed meanwhile: nobody will write it
             lost[CLOSED] += len(self._ready)

@@ -1,8 +1,9 @@
 """The hooks on the model: three opaque ops and the little Python that calls them.
 
 ``ResidualTap`` puts a pre-hook and a hook on the model (and on the module that runs its blocks, which is called even
-where a wrapper steps over the model's own ``__call__``) and one hook on block K. All are installed once, return None,
-and are gated by data: whether a forward is read is decided behind the op, never by adding or removing a hook.
+where a wrapper steps over the model's own ``__call__``) and one hook on each block K that is read. All are installed
+once, return None, and are gated by data: whether a forward is read is decided behind the op, never by adding or
+removing a hook.
 
 Why ops: under ``torch.compile`` a ``torch.library.custom_op`` that mutates a tensor is one opaque node: no graph break,
 no recompilation, not removed as dead code, its Python runs at every call. The mutated tensor is a counter, ``fires``,
@@ -14,8 +15,9 @@ would work on a copy of them.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,8 +26,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nla_monitor.capture.layers import DecoderBlocks, forward_names
+from nla_monitor.capture.packing import Borders, borders_of
 from nla_monitor.guard import Guard
 
+_READ = ("input_ids", "attention_mask", "labels", "position_ids", "seq_idx", "cu_seq_lens_q")
+"""Arguments of a forward that say what is in it."""
 OUTER, INNER = 0, 1
 """Hook levels: the model that was attached, and the module that runs its blocks."""
 
@@ -41,6 +46,8 @@ class Signals:
     training: bool
     cache: Any = None
     """The KV cache; never known inside a compiled graph."""
+    borders: Borders | None = None
+    """What was said of sequences packed into one row."""
 
 
 class Receiver(Protocol):
@@ -52,8 +59,11 @@ class Receiver(Protocol):
         """A forward starts in this thread: plan it."""
         ...
 
-    def tap(self, hidden: Tensor) -> None:
-        """Block K gave ``hidden`` ``[batch, seq, d_model]``, detached: gather what was planned."""
+    def tap(self, hidden: Tensor, number: int, *, partial: bool) -> None:
+        """The block of layer ``layers[number]`` gave ``hidden`` ``[batch, seq, d_model]``: gather what was planned.
+
+        ``partial``: it is only this rank's part of a residual stream that is sharded over ranks.
+        """
         ...
 
     def end(self, level: int) -> None:
@@ -69,8 +79,8 @@ _handles = itertools.count(1)
     "nla_monitor::begin",
     mutates_args={"fires"},
     schema=(
-        "(Tensor(a!) fires, int handle, int level, Tensor? ids, Tensor? mask, Tensor? labels, bool grad, bool training)"
-        " -> ()"
+        "(Tensor(a!) fires, int handle, int level, Tensor? ids, Tensor? mask, Tensor? labels, bool grad, bool training,"
+        " Tensor? positions, Tensor? sequences, Tensor? offsets) -> ()"
     ),
 )
 def _begin_op(  # noqa: PLR0917 -- the op's schema is positional
@@ -82,22 +92,29 @@ def _begin_op(  # noqa: PLR0917 -- the op's schema is positional
     labels: Tensor | None,
     grad: bool,
     training: bool,
+    positions: Tensor | None,
+    sequences: Tensor | None,
+    offsets: Tensor | None,
 ) -> None:
     receiver = _receivers.get(handle)
     if receiver is not None:
         with receiver.guard("capture.plan"):
-            receiver.begin(Signals(ids=ids, mask=mask, labels=labels, grad=grad, training=training), level)
+            borders = borders_of(positions, sequences, offsets)
+            signals = Signals(ids=ids, mask=mask, labels=labels, grad=grad, training=training, borders=borders)
+            receiver.begin(signals, level)
 
 
 @torch.library.custom_op(
-    "nla_monitor::tap", mutates_args={"fires"}, schema="(Tensor hidden, Tensor(a!) fires, int handle) -> ()"
+    "nla_monitor::tap",
+    mutates_args={"fires"},
+    schema="(Tensor hidden, Tensor(a!) fires, int handle, int number, bool partial) -> ()",
 )
-def _tap_op(hidden: Tensor, fires: Tensor, handle: int) -> None:
+def _tap_op(hidden: Tensor, fires: Tensor, handle: int, number: int, partial: bool) -> None:
     receiver = _receivers.get(handle)
     if receiver is not None:
         with receiver.guard("capture.tap"):
             fires.add_(1)
-            receiver.tap(hidden)
+            receiver.tap(hidden, number, partial=partial)
 
 
 @torch.library.custom_op(
@@ -126,6 +143,7 @@ class _Hook:
         self.fires = fires
         self.handle = handle
         self.level = level
+        """Of the model's hooks: ``OUTER`` or ``INNER``. Of a block's: its place among the layers that are read."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _inert
@@ -149,6 +167,9 @@ class _BeginHook(_Hook):
                 given["labels"],
                 torch.is_grad_enabled(),
                 module.training,
+                given["position_ids"],
+                given["seq_idx"],
+                given["cu_seq_lens_q"],
             )
             return
         with self.receiver.guard("capture.plan"):
@@ -160,11 +181,12 @@ class _BeginHook(_Hook):
                 grad=torch.is_grad_enabled(),
                 training=module.training,
                 cache=kwargs.get("past_key_values"),
+                borders=borders_of(given["position_ids"], given["seq_idx"], given["cu_seq_lens_q"]),
             )
             self.receiver.begin(signals, self.level)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor | None]:
-        given: dict[str, Tensor | None] = {"input_ids": None, "attention_mask": None, "labels": None}
+        given: dict[str, Tensor | None] = dict.fromkeys(_READ)
         for name, value in zip(self.names, args, strict=False):
             if name in given and isinstance(value, torch.Tensor):
                 given[name] = value
@@ -175,15 +197,32 @@ class _BeginHook(_Hook):
         return given
 
 
+def _hidden_of(output: Any) -> Any:
+    """What the next block gets: blocks return it alone, or first in a tuple (in a list, of old)."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def _local(hidden: Any) -> tuple[Tensor, bool]:
+    """The plain tensor of a residual stream, and whether it is this rank's part only.
+
+    A ``DTensor`` (tensor parallelism) that is replicated is read through its local copy. It is known by its placements:
+    importing ``torch.distributed.tensor`` only to name the class takes most of a second.
+    """
+    if type(hidden) is Tensor or not hasattr(hidden, "placements"):
+        return hidden, False
+    partial = not all(placement.is_replicate() for placement in hidden.placements)
+    return hidden.to_local(), partial
+
+
 class _TapHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002 -- torch's signature
         if torch.compiler.is_compiling():
-            hidden = output[0] if isinstance(output, tuple) else output
-            _tap_op(hidden.detach(), self.fires, self.handle)
+            hidden, partial = _local(_hidden_of(output).detach())
+            _tap_op(hidden, self.fires, self.handle, self.level, partial)
             return
         with self.receiver.guard("capture.tap"):
-            hidden = output[0] if isinstance(output, tuple) else output
-            _tap_op(hidden.detach(), self.fires, self.handle)
+            hidden, partial = _local(_hidden_of(output).detach())
+            _tap_op(hidden, self.fires, self.handle, self.level, partial)
 
 
 class _EndHook(_Hook):
@@ -202,25 +241,33 @@ class ResidualTap:
         receiver: is told of every forward; held by the hooks.
         model: the module that the host calls.
         found: its decoder blocks.
-        layer: K; the output of block K is read.
+        layers: each K of which the output of block K is read.
 
     Raises:
-        AttachError: the layer is out of range.
+        AttachError: a layer is out of range.
     """
 
-    def __init__(self, receiver: Receiver, model: nn.Module, found: DecoderBlocks, layer: int) -> None:
-        block = found.block(layer)
-        self.path = f"{found.path}.{layer}"
-        self.device = _device_of(block)
+    def __init__(self, receiver: Receiver, model: nn.Module, found: DecoderBlocks, layers: Sequence[int]) -> None:
+        self.blocks = {f"{found.path}.{layer}": found.block(layer) for layer in layers}
+        """The hooked blocks, by their path in the model, in the order of the layers."""
+        self._model = model
+        self.device = _device_of(next(iter(self.blocks.values())))
         self.fires = torch.zeros(1, dtype=torch.int64, device=self.device)
         handle = next(_handles)
         _receivers[handle] = receiver
         self._handle = handle
         self._removable: list[RemovableHandle] = []
-        self._bracket(receiver, model, OUTER)
+        if not found.after_encoder:  # there the model is called with the encoder's ids; only the stack sees ours
+            self._bracket(receiver, model, OUTER)
         if found.stack is not model:
             self._bracket(receiver, found.stack, INNER)
-        self._removable.append(block.register_forward_hook(_TapHook(receiver, self.fires, handle)))
+        for number, block in enumerate(self.blocks.values()):
+            self._removable.append(block.register_forward_hook(_TapHook(receiver, self.fires, handle, number)))
+        self._renewed = [_Renewed(module) for module in (found.base, found.stack, *self.blocks.values())]
+
+    def replaced(self) -> list[str]:
+        """Paths where another module stands now than the one that was hooked; a wrapper around that one is none."""
+        return [path for path, block in self.blocks.items() if not _stands(self._model, path, block)]
 
     def _bracket(self, receiver: Receiver, module: nn.Module, level: int) -> None:
         begin = _BeginHook(receiver, self.fires, self._handle, level)
@@ -236,6 +283,35 @@ class ResidualTap:
         for handle in self._removable:
             handle.remove()
         self._removable.clear()
+        for renewed in self._renewed:
+            renewed.undo()
+        self._renewed.clear()
+
+
+class _Renewed:
+    """A module that graphs compiled so far no longer fit, so that they are compiled anew, with our hooks.
+
+    Dynamo guards no module's hooks (``skip_nnmodule_hook_guards``), so a graph from before attach would run on without
+    them. It does guard that a module has no ``forward`` of its own: the module gets its class's as its own. One graph
+    is compiled again, once; ``undo`` gives the old one back. Nothing is done where nothing was ever compiled.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._forward: Any = None
+        if "torch._dynamo" in sys.modules and "forward" not in module.__dict__:
+            self._forward = module.__dict__["forward"] = module.forward
+
+    def undo(self) -> None:
+        if self._forward is not None and self._module.__dict__.get("forward") is self._forward:
+            del self._module.__dict__["forward"]
+
+
+def _stands(model: nn.Module, path: str, block: nn.Module) -> bool:
+    module: Any = model
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module is block or (isinstance(module, nn.Module) and any(inner is block for inner in module.modules()))
 
 
 def _device_of(block: nn.Module) -> torch.device:
@@ -245,30 +321,36 @@ def _device_of(block: nn.Module) -> torch.device:
 
 
 class Slots:
-    """The persistent index and buffer of one forward in flight; ``size`` rows."""
+    """The persistent index of one forward in flight, ``size`` rows, and a buffer for each layer that is read."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, layers: int = 1) -> None:
         self.index = torch.zeros(size, dtype=torch.int64, device=device)
-        self.buffer: Tensor | None = None
+        self.buffers: list[Tensor | None] = [None] * layers
         self.count = 0
-        self.ready: torch.cuda.Event | None = None
-        """After the last copy out of the buffer."""
+        self.ready: dict[torch.device, torch.cuda.Event] = {}
+        """After the last copy out of the buffers on a device."""
+        self._elsewhere: dict[torch.device, Tensor] = {}
+        """Copies of the index for layers that a device map put on other devices."""
+        self._current: set[torch.device] = set()
 
     def plan(self, index: Tensor) -> None:
         """Write which rows will be gathered; row 0, harmless, fills the rest."""
-        if self.ready is not None:
-            # Another stream may still copy out of the buffer; the device waits, the host does not.
-            torch.cuda.current_stream(self.index.device).wait_event(self.ready)
+        for event in self.ready.values():
+            # Another stream may still copy out of a buffer; the device waits, the host does not.
+            torch.cuda.current_stream(self.index.device).wait_event(event)
         self.count = index.shape[0]
         self.index[: self.count].copy_(index, non_blocking=True)
         self.index[self.count :].zero_()
+        self._current = {self.index.device}
 
-    def gather(self, hidden: Tensor) -> None:
-        """``buffer[i] = hidden.view(-1, d_model)[index[i]]``; no allocation once the buffer has met its dtype."""
+    def gather(self, hidden: Tensor, number: int = 0) -> None:
+        """``buffers[number][i] = hidden.view(-1, d_model)[index[i]]``; allocates only until it has met its dtype."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        if self.index.device != hidden.device:
-            self.index = self.index.to(hidden.device)
-        buffer = self.buffer
+        if not any(buffer is not None for buffer in self.buffers) and self.index.device != rows.device:
+            self.index = self.index.to(rows.device)  # the model was moved since it was attached
+            self._current = {rows.device}
+        index = self._index_on(rows.device)
+        buffer = self.buffers[number]
         if (
             buffer is None
             or buffer.dtype != rows.dtype
@@ -276,5 +358,18 @@ class Slots:
             or buffer.device != rows.device
         ):
             shape = (self.index.shape[0], rows.shape[1])
-            buffer = self.buffer = torch.zeros(shape, dtype=rows.dtype, device=rows.device)
-        torch.index_select(rows, 0, self.index, out=buffer)
+            buffer = self.buffers[number] = torch.zeros(shape, dtype=rows.dtype, device=rows.device)
+        torch.index_select(rows, 0, index, out=buffer)
+
+    def _index_on(self, device: torch.device) -> Tensor:
+        if device == self.index.device:
+            return self.index
+        index = self._elsewhere.get(device)
+        if index is None:
+            index = self._elsewhere[device] = torch.zeros_like(self.index, device=device)
+        if device not in self._current:
+            if device in self.ready:
+                torch.cuda.current_stream(device).wait_event(self.ready[device])
+            index.copy_(self.index, non_blocking=True)
+            self._current.add(device)
+        return index

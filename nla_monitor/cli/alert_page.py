@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -136,6 +136,9 @@ def _where(exhibit: Exhibit) -> Table:
         text = repr(safe(shown.sample.token_text)) if shown.sample.token_text is not None else "text not stored"
         token = f", token {text} (id {shown.sample.token_id}), after block {shown.sample.layer}"
     rows.add_row("position", f"{alert.position}{token}")
+    if shown is not None:
+        for key, value in origin_of(shown.sample.model, shown.sample.adapter, shown.sample.screens):
+            rows.add_row(key, value)
     for key, value in _agent(alert):
         rows.add_row(key, value)
     for key, item in alert.group.items():
@@ -149,6 +152,16 @@ def _where(exhibit: Exhibit) -> Table:
     if alert.resolved_at is not None:
         rows.add_row("resolved", f"{moment(alert.resolved_at)} ({age(alert.resolved_at)})")
     return rows
+
+
+def origin_of(model: str | None, adapter: str | None, screens: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """What is known of a sample beside its place, for people: only what there is."""
+    if model is not None:
+        yield "watched as", safe(model, one_line=True)
+    if adapter is not None:
+        yield "adapter", safe(adapter, one_line=True)
+    if screens:
+        yield "screens", ", ".join(f"{safe(name)} {value:.3g}" for name, value in screens.items())
 
 
 def _steps(alert: Alert) -> str:

@@ -107,6 +107,8 @@ def _print_whole(found: Sequence[SampleView]) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
+    from nla_monitor.cli.alert_page import origin_of
+
     out = console()
     for sample in found:
         out.print(
@@ -121,6 +123,9 @@ def _print_whole(found: Sequence[SampleView]) -> None:
                 told.cosine if told else None, told.fve if told else None, told.denominator_name if told else None
             )
             out.print(Padding(Text(fidelity, style="dim"), (0, 0, 0, 2)))
+        told_of = origin_of(sample.model, sample.adapter, sample.screens)
+        if origin := " · ".join(f"{key} {value}" for key, value in told_of):
+            out.print(Padding(Text(origin, style="dim"), (0, 0, 0, 2)))
         if sample.context:
             out.print(Padding(Text(f"…{safe(sample.context, one_line=True)[-240:]}", style="dim"), (0, 0, 0, 2)))
         out.print()

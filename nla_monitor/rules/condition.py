@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import cel
 
-from nla_monitor.rules.fields import APART, FIELDS, PREFIXES, TOP_LEVEL, Variables, unknown_field
+from nla_monitor.rules.fields import APART, FIELDS, OPEN, PREFIXES, TOP_LEVEL, Variables, unknown_field
 from nla_monitor.rules.problems import BadRule, Path, nearest
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class _Flat:
     program: Any
     names: tuple[str, ...]
     meta: tuple[str, ...]
-    """Names of keys of ``meta``, which need not be there."""
+    """Names of keys of ``meta`` and ``screen``, which need not be there."""
 
     def execute(self, met: dict[str, bool], known: Variables) -> Any:
         """The result; a key that is not there is an unknown name, an error in CEL as well."""
@@ -170,7 +170,7 @@ def _flattened(source: str, fields: Sequence[str]) -> _Flat | None:
     if mappings & set(program.variables()):
         return None
     plain = tuple(name for name in fields if name not in PREFIXES)
-    meta = {name for name in members if name.startswith(f"meta{APART}")}
+    meta = {name for name in members if name.partition(APART)[0] in OPEN}
     return _Flat(program, (*plain, *sorted(members - meta)), tuple(sorted(meta)))
 
 
@@ -253,8 +253,8 @@ def _check_result(
         try:
             result = program.execute(values)
         except _UNDECIDED as error:
-            if "meta" in names:
-                continue  # what the host will pass is not known here
+            if names & set(OPEN):
+                continue  # what the host will pass, and which screens it has, is not known here
             raise BadRule(path, f"cannot be evaluated: {str(error).partition('.')[0]}") from error
         if not isinstance(result, bool):
             raise BadRule(path, f"must be true or false, gives {result!r}")

@@ -12,6 +12,7 @@ from nla_monitor.rules.problems import nearest
 
 Kind = Literal["number", "text", "bool", "any"]
 META: Final = "meta."
+SCREEN: Final = "screen."
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,10 @@ def _meta(name: str) -> Callable[[Reading], Scalar]:
     return lambda reading: reading.sample.attributes.get(name)
 
 
+def _screen(name: str) -> Callable[[Reading], Scalar]:
+    return lambda reading: reading.sample.screens.get(name)
+
+
 _ALL: Final = (
     *(Field(f"fidelity.{name}", "number", _fidelity(name)) for name in ("cosine", "mse_nrm", "fve", "denominator")),
     Field("fidelity.denominator_name", "text", _fidelity("denominator_name")),
@@ -63,7 +68,7 @@ _ALL: Final = (
     Field("phase", "text", _sample("phase"), tuple(Phase)),
     *(
         Field(name, "text", _sample(name))
-        for name in ("role", "trigger", "run_id", "sequence_id", "token_text", "context")
+        for name in ("role", "trigger", "run_id", "sequence_id", "token_text", "context", "model", "adapter")
     ),
     Field("explanation.truncated", "bool", _explanation("truncated")),
     Field("explanation.tokens", "number", _explanation("tokens")),
@@ -76,35 +81,40 @@ _ALL: Final = (
     Field("agent.token_index", "number", _agent("token_index")),
 )
 FIELDS: Final[Mapping[str, Field]] = {field.name: field for field in _ALL}
-"""Known names; ``meta.<key>`` is open: what the host passed to ``Monitor.step(**attributes)``."""
+"""Known names; ``meta.<key>`` is open: what the host passed to ``Monitor.step(**attributes)``. So is ``screen.<name>``:
+what ``capture.screens`` measured of the raw vector."""
 
 GROUP_KEYS: Final = (
-    *("run_id", "rule", "phase", "step", "sequence_id", "role", "trigger", "layer"),
+    *("run_id", "rule", "phase", "step", "sequence_id", "role", "trigger", "layer", "model", "adapter"),
     *(name for name in FIELDS if name.startswith("agent.") and name != "agent.token_index"),
 )
 """What a window may be grouped by, beside ``meta.<key>``."""
 
-PREFIXES: Final = ("fidelity", "explanation", "agent", "meta")
+OPEN: Final = ("meta", "screen")
+"""Mappings whose keys are not known beforehand."""
+PREFIXES: Final = ("fidelity", "explanation", "agent", *OPEN)
 APART: Final = "__"
 """Stands for the dot in names of members that CEL is given one by one."""
 _MEMBERS: Final[Mapping[str, Mapping[str, Field]]] = {
     prefix: {field.name.removeprefix(f"{prefix}."): field for field in _ALL if field.name.startswith(f"{prefix}.")}
     for prefix in PREFIXES
 }
-TOP_LEVEL: Final = tuple(sorted({name.partition(".")[0] for name in FIELDS} | {"meta"}))
+TOP_LEVEL: Final = tuple(sorted({name.partition(".")[0] for name in FIELDS} | set(OPEN)))
 """Names that a CEL condition may use beside the selections."""
 
 
 def find_field(name: str) -> Field | None:
-    """The field of that name, ``meta.<key>`` included."""
+    """The field of that name, ``meta.<key>`` and ``screen.<name>`` included."""
     if name.startswith(META) and len(name) > len(META):
         return Field(name, "any", _meta(name.removeprefix(META)))
+    if name.startswith(SCREEN) and len(name) > len(SCREEN):
+        return Field(name, "number", _screen(name.removeprefix(SCREEN)))
     return FIELDS.get(name)
 
 
 def unknown_field(name: str, also: Iterable[str] = ()) -> str:
     """What to say of a name that is no field."""
-    return f"unknown field {name!r}; {nearest(name, [*FIELDS, 'meta.<key>', *also])}"
+    return f"unknown field {name!r}; {nearest(name, [*FIELDS, 'meta.<key>', 'screen.<name>', *also])}"
 
 
 def variables(reading: Reading) -> dict[str, Any]:
@@ -115,7 +125,7 @@ def variables(reading: Reading) -> dict[str, Any]:
 class Variables(dict[str, Any]):
     """``variables`` of a reading, each made when it is asked for; ``fidelity__fve`` is member ``fve`` of ``fidelity``.
 
-    Raises ``KeyError`` for a key of ``meta`` that nobody set, and for what is no name.
+    Raises ``KeyError`` for a key of ``meta`` or ``screen`` that is not there, and for what is no name.
     """
 
     def __init__(self, reading: Reading) -> None:
@@ -126,8 +136,8 @@ class Variables(dict[str, Any]):
         prefix, apart, member = name.partition(APART)
         if not apart:
             value = variable(name, self._reading)
-        elif prefix == "meta":
-            value = self._reading.sample.attributes[member]
+        elif prefix in OPEN:
+            value = variable(prefix, self._reading)[member]
         else:
             value = _MEMBERS[prefix][member].get(self._reading)
         self[name] = value
@@ -138,6 +148,8 @@ def variable(name: str, reading: Reading) -> Any:
     """One of a reading's CEL variables, by its top-level name."""
     if name == "meta":
         return dict(reading.sample.attributes)
+    if name == "screen":
+        return dict(reading.sample.screens)
     if name in PREFIXES:
         return {member: field.get(reading) for member, field in _MEMBERS[name].items()}
     value = FIELDS[name].get(reading)

@@ -110,7 +110,7 @@ def _selection() -> dict[str, Any]:
 
 
 def _block() -> dict[str, Any]:
-    fields = "|".join([*(re.escape(name) for name in FIELDS), r"meta\..+"])
+    fields = "|".join([*(re.escape(name) for name in FIELDS), r"meta\..+", r"screen\..+"])
     modifiers = "|".join(MODIFIERS)
     texts = {key: {**_TEXTS, "description": _ABOUT[key]} for key in TEXT_KEYS}
     guards = {key: {"enum": ["respect", "ignore"], "description": _ABOUT[key]} for key in GUARD_KEYS}

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from nla_monitor.errors import NLAMonitorError, RuleError
 from nla_monitor.rules.deferred import Special
 from nla_monitor.rules.embedded import run_rule_tests
-from nla_monitor.rules.fields import variables
+from nla_monitor.rules.fields import OPEN, variables
 from nla_monitor.rules.loader import check_file, find_files
 from nla_monitor.rules.problems import Path, Problem, dotted, line_of
 from nla_monitor.rules.rule import Rule, reading_of
@@ -162,7 +162,7 @@ def _detection(rule: Rule) -> Iterator[Finding]:
     bare = variables(reading_of(TestCase(text="words", fidelity=False, step=None), "lint"))
     named = [name for name in rule.spec.detection if name != "condition"]
     met = dict.fromkeys(named, True)
-    if "meta" not in rule.condition.source and not rule.condition.decidable({**bare, **met}):
+    if not any(name in rule.condition.source for name in OPEN) and not rule.condition.decidable({**bare, **met}):
         yield _finding(
             rule,
             ("detection", "condition"),

@@ -334,6 +334,8 @@ def example_variables() -> dict[str, Any]:
         "agent": {**words, "generated": True, "token_index": 0},
         "inclusion_probability": 0.5,
         "token_text": "word",
+        "model": "policy",
+        "adapter": "default",
     }
 
 
@@ -371,4 +373,7 @@ def _sample_of(case: TestCase, sample_id: str, run_id: str) -> ActivationSample:
         role=case.role,
         agent=AgentContext(**case.agent.model_dump()) if case.agent else None,
         attributes=dict(case.meta),
+        model=case.model,
+        adapter=case.adapter,
+        screens=dict(case.screen),
     )

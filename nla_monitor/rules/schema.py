@@ -155,6 +155,9 @@ class TestCase(Section):
     tokens: StrictInt = Field(40, ge=0)
     agent: AgentCase | None = None
     meta: dict[str, Scalar] = Field(default_factory=dict)
+    model: str | None = None
+    adapter: str | None = None
+    screen: dict[str, float] = Field(default_factory=dict, description="what capture.screens measured, by name")
     given: dict[str, StrictBool] = Field(
         default_factory=dict, description="what probe, semantic and judge selections say in this test, by name"
     )

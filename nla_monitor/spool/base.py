@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,8 +32,10 @@ class Depth:
 class Spool(Protocol):
     """Durable hand-over of samples."""
 
-    def put(self, samples: Sequence[ActivationSample]) -> int:
+    def put(self, samples: Sequence[ActivationSample], *, unread: Collection[int] = ()) -> int:
         """Store samples durably; a known ``sample_id`` is ignored. Returns how many were new.
+
+        Samples of the layers in ``unread`` are stored only: no worker is given them.
 
         Raises:
             StoreUnavailableError: read-only, full or locked; nothing of the batch was kept, try again.
@@ -41,7 +43,10 @@ class Spool(Protocol):
         ...
 
     def lease(self, owner: str, limit: int, seconds: float) -> Lease:
-        """Take up to ``limit`` waiting (or expired) samples, oldest first; the lease may be empty."""
+        """Take up to ``limit`` samples that are due; the lease may be empty.
+
+        Expired leases come first, then what waits: by time of arrival less the head start of its priority.
+        """
         ...
 
     def depth(self) -> Depth:

@@ -4,13 +4,17 @@ At least once: a lease that expires is given out again, and every lease counts a
 expiring (it may be what kills the worker) is given out alone for its last attempt, so that it takes no neighbour along,
 and then set aside as failed.
 
+What screens found unusual is read first, and nothing starves: a sample of priority p is due as if it had arrived
+``p * head_start`` seconds earlier than it did, so that whatever waits gets ahead of all that comes later than that. The
+order is fixed on arrival: an index holds it, and ageing costs nothing.
+
 Safe for any number of threads and processes; holds no state besides the engine.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, exists, func, insert, or_, select, update
@@ -32,16 +36,27 @@ class SqlSpool:
     Args:
         engine: from ``store.session.open_engine``, its schema prepared.
         max_attempts: leases after which a sample that was never acknowledged is set aside.
+        head_start: seconds by which a sample of priority 1 goes before those of priority 0.
         clock: Unix seconds; workers on several hosts need clocks that agree within a fraction of the lease.
     """
 
-    def __init__(self, engine: Engine, *, max_attempts: int = 3, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_attempts: int = 3,
+        head_start: float = 3600.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._engine = engine
         self._max_attempts = max_attempts
+        self._head_start = head_start
         self._clock = clock
 
-    def put(self, samples: Sequence[ActivationSample]) -> int:
+    def put(self, samples: Sequence[ActivationSample], *, unread: Collection[int] = ()) -> int:
         """Store samples durably; a known ``sample_id`` is ignored. Returns how many were new.
+
+        Samples of the layers in ``unread`` are stored only: no worker is given them.
 
         Raises:
             StoreUnavailableError: read-only, full or locked; nothing of the batch was kept, try again.
@@ -52,14 +67,24 @@ class SqlSpool:
         now = self._clock()
         with write(self._engine) as connection:
             fresh = _insert_samples(connection, rows)
-            insert_new(
-                connection, SpoolRow, [_waiting(row["sample_id"], now) for row in rows if row["sample_id"] in fresh]
-            )
+            queued = [one for one in samples if one.sample_id in fresh and one.layer not in unread]
+            insert_new(connection, SpoolRow, [self._waiting(one, now) for one in queued])
         return len(fresh)
 
-    def lease(self, owner: str, limit: int, seconds: float) -> Lease:
-        """Take up to ``limit`` waiting (or expired) samples, oldest first; the lease may be empty.
+    def _waiting(self, sample: ActivationSample, now: float) -> dict[str, Any]:
+        priority = min(1.0, sample.priority) if sample.priority > 0 else 0.0  # also where it is no number
+        return {
+            "sample_id": sample.sample_id,
+            "state": "waiting",
+            "attempts": 0,
+            "enqueued_at": now,
+            "due_at": now - priority * self._head_start,
+        }
 
+    def lease(self, owner: str, limit: int, seconds: float) -> Lease:
+        """Take up to ``limit`` samples that are due, in order of arrival; the lease may be empty.
+
+        Which ones: expired leases first, then what waits, by time of arrival less the head start of its priority.
         Stored bytes that fail their checksum become a ``StageFailure`` row of stage ``store`` and leave the queue.
 
         Raises:
@@ -121,12 +146,12 @@ class SqlSpool:
         _fail(connection, reasons, "verbalize", now)
 
     def _candidates(self, connection: Connection, limit: int, now: float) -> list[int]:
-        expired = connection.execute(_oldest(connection, _expired(now), limit)).all()
+        expired = connection.execute(_first(connection, _expired(now), limit)).all()
         suspect = next((seq for seq, attempts in expired if attempts >= self._max_attempts - 1), None)
         if suspect is not None:
             return [suspect]
         room = limit - len(expired)
-        waiting = connection.execute(_oldest(connection, SpoolRow.state == "waiting", room)).all() if room > 0 else []
+        waiting = connection.execute(_first(connection, SpoolRow.state == "waiting", room)).all() if room > 0 else []
         return [seq for seq, _ in (*expired, *waiting)]
 
     def _rebuilt(self, connection: Connection, taken: Sequence[int], now: float) -> list[ActivationSample]:
@@ -147,10 +172,6 @@ class SqlSpool:
         return samples
 
 
-def _waiting(sample_id: str, now: float) -> dict[str, Any]:
-    return {"sample_id": sample_id, "state": "waiting", "attempts": 0, "enqueued_at": now}
-
-
 def _insert_samples(connection: Connection, rows: Sequence[dict[str, Any]]) -> set[str]:
     """Insert what is new; returns its ids."""
     statement = upsert(connection, SampleRow).on_conflict_do_nothing().returning(SampleRow.sample_id)
@@ -165,9 +186,9 @@ def _due(now: float) -> ColumnElement[bool]:
     return or_(SpoolRow.state == "waiting", _expired(now))
 
 
-def _oldest(connection: Connection, condition: ColumnElement[bool], limit: int) -> Select[int, int]:
-    query = select(SpoolRow.seq, SpoolRow.attempts).where(condition).order_by(SpoolRow.seq).limit(limit)
-    return locked(connection, query, skip=True)
+def _first(connection: Connection, condition: ColumnElement[bool], limit: int) -> Select[int, int]:
+    query = select(SpoolRow.seq, SpoolRow.attempts).where(condition).order_by(SpoolRow.due_at, SpoolRow.seq)
+    return locked(connection, query.limit(limit), skip=True)
 
 
 def _fail(connection: Connection, reasons: dict[str, str], stage: str, now: float) -> None:

@@ -69,6 +69,8 @@ _SAME: Final = (
     "role",
     "inclusion_probability",
     "traceparent",
+    "model",
+    "adapter",
 )
 """Fields of ``ActivationSample`` stored in a column of the same name."""
 
@@ -96,6 +98,8 @@ def sample_row(sample: ActivationSample) -> dict[str, Any]:
     row["phase"] = str(sample.phase)
     row["norm"] = float(sample.norm)
     row["attributes"] = clean(sample.attributes)
+    row["priority"] = _finite(sample.priority)
+    row["screens"] = {name: float(value) for name, value in sample.screens.items() if math.isfinite(value)}
     row["vector"] = vector
     row["dtype"] = DTYPE
     row["d_model"] = sample.d_model
@@ -120,6 +124,8 @@ def sample_of(row: Row) -> ActivationSample:
         norm=math.nan if norm is None else norm,
         agent=agent_of(row),
         attributes=row["attributes"],
+        priority=row["priority"] or 0.0,
+        screens=row["screens"] or {},
     )
 
 

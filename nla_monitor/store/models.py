@@ -121,6 +121,11 @@ class SampleRow(Base):
     checksum: Mapped[int]
     """CRC-32 of ``vector``."""
     context: Mapped[str | None] = mapped_column(Text)
+    model: Mapped[str | None]
+    adapter: Mapped[str | None]
+    priority: Mapped[float | None]
+    """NULL is 0: stored before there were screens."""
+    screens: Mapped[dict[str, Any] | None] = mapped_column(Document)
     # Last on purpose: SQLite reads a row from its start, so that queries on metadata never touch the bytes.
     vector: Mapped[bytes]
 
@@ -129,7 +134,7 @@ class SpoolRow(Base):
     """A sample that no worker has acknowledged. Acknowledging deletes the row, so that the table stays small."""
 
     __tablename__ = "nla_spool"
-    __table_args__ = (Index(None, "state", "seq"), {"sqlite_autoincrement": True})
+    __table_args__ = (Index(None, "state", "due_at", "seq"), {"sqlite_autoincrement": True})
 
     seq: Mapped[int] = mapped_column(Key, primary_key=True)
     """Order of arrival; never reused."""
@@ -140,6 +145,8 @@ class SpoolRow(Base):
     lease_owner: Mapped[str | None]
     lease_until: Mapped[float | None]
     enqueued_at: Mapped[float]
+    due_at: Mapped[float] = mapped_column(server_default=text("0"))
+    """Place in the queue: ``enqueued_at`` less the head start that its priority earns. What waits ages by itself."""
 
 
 class ReadingRow(Base):

@@ -84,8 +84,12 @@ class SampleView:
     agent: AgentContext | None
     attributes: Mapping[str, Scalar]
     traceparent: str | None
+    model: str | None
+    adapter: str | None
+    priority: float
+    screens: Mapping[str, float]
     state: str
-    """``waiting``, ``leased``, ``failed``, or ``read``."""
+    """``waiting``, ``leased``, ``failed``, ``read``, or ``stored`` (kept, never meant to be read)."""
     explanation: Explanation | None
     fidelity: Fidelity | None
     error: str | None
@@ -448,11 +452,12 @@ def _view(row: Row) -> SampleView:
         name: row[name] for name in SampleView.__slots__ if name not in ("agent", "state", "explanation", "fidelity")
     }
     same["phase"] = Phase(row["phase"])
+    same["priority"], same["screens"] = row["priority"] or 0.0, row["screens"] or {}
     same["error"] = None if was_read else row["error"]
     return SampleView(
         **same,
         agent=agent_of(row),
-        state=row["queue_state"] or "read",
+        state=row["queue_state"] or ("read" if was_read else "stored"),
         explanation=explanation_of(row) if was_read else None,
         fidelity=fidelity_of(row) if was_read else None,
     )

@@ -26,6 +26,7 @@ _SAMPLE: Final = (
     *("step", "rank", "token_text", "context", "role", "inclusion_probability", "traceparent"),
     *("attributes", "agent_run_id", "agent_parent_run_id", "agent_root_run_id", "agent_tool", "agent_node"),
     *("agent_conversation_id", "agent_generated", "agent_token_index"),
+    *("model", "adapter", "priority", "screens"),
 )
 """In the order of the fields of ``ActivationSample`` and ``AgentContext``."""
 _READING: Final = (
@@ -184,6 +185,7 @@ def _reading(row: Sequence[Any]) -> Reading:
     norm = math.nan if norm is None else norm
     agent = None if row[28] is None else AgentContext(*row[28:36])
     fields = (sample_id, run_id, layer, vector, norm, _PHASES[phase], *row[15:27], agent, row[27])
+    fields += (row[36], row[37], row[38] or 0.0, row[39] or {})
     sample = ActivationSample(*fields)
     fidelity = None
     if ar_hash is not None:

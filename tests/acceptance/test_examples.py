@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PROMISED = {
     "trainer.py": "The model represents a plan to get the reward without doing the task",
     "raw_loop.py": "plan to get the reward",
+    "train_accelerate.py": "plan to get the reward",
     "own_rules.py": "The model plans to answer in German",
     "langchain_agent.py": "evaluat",
 }

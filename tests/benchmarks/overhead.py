@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from nla_monitor import NLAMonitorCallback
+from tests.benchmarks.capture_arms import write_sidecar
 
 VOCAB, D_MODEL, BLOCKS, LAYER = 16_384, 512, 12, 8
 BATCH, LENGTH = 4, 64
@@ -56,29 +56,6 @@ def make_rows(count: int) -> list[dict[str, torch.Tensor]]:
     weights = 1.0 / torch.arange(1, VOCAB + 1, dtype=torch.float64)
     ids = torch.multinomial(weights.expand(count, -1), LENGTH, replacement=True, generator=generator)
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
-
-
-def write_sidecar(folder: Path) -> Path:
-    """An AV's contract without weights: the host reads only this."""
-    folder.mkdir(parents=True)
-    sidecar = {
-        "kind": "nla_model",
-        "schema_version": 2,
-        "role": "av",
-        "d_model": D_MODEL,
-        "extraction_layer_index": LAYER,
-        "extraction": {"injection_scale": 10.0},
-        "tokens": {
-            "injection_char": "\u320e",
-            "injection_token_id": 3,
-            "injection_left_neighbor_id": 1,
-            "injection_right_neighbor_id": 2,
-        },
-        "prompt_templates": {"av": "vector: <concept>{injection_char}</concept> explain."},
-    }
-    (folder / "nla_meta.yaml").write_text(yaml.safe_dump(sidecar, allow_unicode=True), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "hidden_size": D_MODEL}), encoding="utf-8")
-    return folder
 
 
 class Turns:
@@ -211,7 +188,7 @@ def measure(steps: int, block: int, skip: int, folder: Path) -> dict[str, Any]:
     callback = NLAMonitorCallback(
         {
             "database": f"sqlite:///{folder / 'overhead.db'}",
-            "nla": {"av": str(write_sidecar(folder / "av")), "ar": None},
+            "nla": {"av": str(write_sidecar(folder / "av", D_MODEL, LAYER)), "ar": None},
             "worker": {"mode": "external"},
         },
         close_timeout=FLUSH_SECONDS,

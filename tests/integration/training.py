@@ -52,7 +52,7 @@ def train(
             learning_rate=3e-4,
             use_cpu=True,
             save_strategy="no",
-            report_to="none",
+            report_to=arguments.pop("report_to", "none"),
             logging_steps=1,
             logging_nan_inf_filter=False,
             disable_tqdm=True,

@@ -86,7 +86,7 @@ def next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             from alembic import op
 
             revision = "9999"
-            down_revision = "0002"
+            down_revision = "0003"
 
 
             def upgrade():
@@ -126,7 +126,7 @@ def test_the_migrations_make_what_the_models_say(engine: Engine) -> None:
     assert tables(engine) == OURS
 
 
-NEWEST = "0002"
+NEWEST = "0003"
 """The newest revision that the package ships; ``next_version`` adds one after it."""
 
 
@@ -188,6 +188,34 @@ def test_matches_of_the_first_schema_stay_through_the_second_and_back(engine: En
     assert difference(engine) == []
 
 
+def test_samples_and_the_queue_of_the_second_schema_stay_through_the_third_and_back(engine: Engine) -> None:
+    """What waits keeps its place; new columns are empty, and stand before the vector where their order counts."""
+    upgrade(engine)
+    before = fill(engine)
+    spool = SqlSpool(engine)
+    urgent = sample(9, model="policy", adapter="lora", priority=1.0, screens={"odd": 2.0})
+    spool.put([urgent])
+    downgrade(engine, "0002")
+    with read(engine) as connection:
+        assert connection.execute(text("SELECT count(*) FROM nla_samples")).scalar() == 7
+        assert connection.execute(text("SELECT count(*) FROM nla_spool WHERE state = 'waiting'")).scalar() == 3
+    upgrade(engine)
+    assert difference(engine) == []
+    waiting = [one.sample_id for one in spool.lease("me", 9, 60).samples]
+    assert waiting[-1] == urgent.sample_id, "its priority went with the columns: it came last"
+    with read(engine) as connection:
+        row = connection.execute(text("SELECT model, adapter, priority, screens FROM nla_samples")).all()
+        columns = [column["name"] for column in inspect(connection).get_columns("nla_samples")]
+    assert set(row) == {(None, None, None, None)}
+    assert engine.dialect.name != "sqlite" or columns[-1] == "vector"
+    kept = {one.sample_id for one in before["samples"]}
+    after = contents(engine)
+    assert {one.sample_id for one in after["samples"]} == kept | {urgent.sample_id}
+    assert {name: after[name] for name in ("alert", "vectors", "matches", "outbox")} == {
+        name: before[name] for name in ("alert", "vectors", "matches", "outbox")
+    }
+
+
 def test_a_migration_that_fails_leaves_everything_as_it_was(engine: Engine, next_version: Path) -> None:
     upgrade(engine, NEWEST)
     before = fill(engine)
@@ -214,7 +242,7 @@ def test_a_migration_that_breaks_a_reference_is_undone(sqlite: Engine, next_vers
 def test_an_older_schema_is_upgraded_in_a_file_and_refused_on_a_server(engine: Engine, next_version: Path) -> None:
     upgrade(engine, NEWEST)
     before = fill(engine)
-    with pytest.raises(SchemaVersionError, match=r"revision 0002\) is older.*nla-monitor db upgrade"):
+    with pytest.raises(SchemaVersionError, match=r"revision 0003\) is older.*nla-monitor db upgrade"):
         require(engine)
     if engine.dialect.name == "sqlite":
         prepare(engine)

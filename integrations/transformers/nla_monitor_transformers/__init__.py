@@ -1,7 +1,8 @@
-"""transformers ``Trainer`` integration of nla_monitor."""
+"""transformers ``Trainer`` integration of nla_monitor; TRL's trainers derive from it."""
 
 from __future__ import annotations
 
 from nla_monitor_transformers.callback import NLAMonitorCallback
+from nla_monitor_transformers.reward import NLAMonitorReward
 
-__all__ = ["NLAMonitorCallback"]
+__all__ = ["NLAMonitorCallback", "NLAMonitorReward"]

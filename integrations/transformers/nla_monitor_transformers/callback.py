@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nla_monitor import ranks
 from nla_monitor.config import MonitorConfig
 from nla_monitor.monitor import Monitor
+from nla_monitor.stopping import StopAgreement
+from nla_monitor.trackers import Trackers
+from nla_monitor_transformers.forwards import READ, Forwards
 
 logger = logging.getLogger("nla_monitor")
 
@@ -30,9 +33,15 @@ class NLAMonitorCallback(TrainerCallback):
     the trainer: it is logged and counted (``callback.monitor.stats``). On several ranks each samples its own data, and
     rank 0 starts the one worker.
 
+    Samples say in ``meta.forward`` which of the trainer's forwards they are of (see ``Forwards``); in DPO also in
+    ``meta.pair`` whether the sequence was chosen or rejected. Whenever the trainer logs, figures of the run go to the
+    trackers that are open, under ``nla/``.
+
     Args:
         config: YAML file, mapping, ``MonitorConfig``, or a ``Monitor`` made before (the caller then closes it).
         close_timeout: seconds to wait at the end of training until everything sampled is read.
+        forwards: which are read: ``update``, ``eval``; and, where a trainer makes them, ``rollout`` (the
+            prompts of generations), ``score`` and ``reference``.
         overrides: see ``Monitor``.
 
     Raises:
@@ -44,15 +53,21 @@ class NLAMonitorCallback(TrainerCallback):
         config: str | Path | Mapping[str, Any] | MonitorConfig | Monitor | None = None,
         *,
         close_timeout: float = 120.0,
+        forwards: Collection[str] = READ,
         **overrides: Any,
     ) -> None:
         self._owned = not isinstance(config, Monitor)
         self._config = config
         self._overrides = overrides
         self.monitor = self._make()
+        self.processing_class: Any = None
+        """The trainer's tokenizer or processor, once training has begun."""
+        self._read = forwards
+        self._forwards = Forwards(forwards, self.monitor.annotations)
+        self._trackers: Trackers | None = None
+        self._stop: StopAgreement | None = None
         self._close_timeout = close_timeout
         self._active = False
-        self._announced = False
         self._checked = False
 
     def _make(self) -> Monitor:
@@ -64,7 +79,7 @@ class NLAMonitorCallback(TrainerCallback):
         """Attach to the model that is about to be trained."""
         with self.monitor.guard("callback.attach"):
             if self._active:  # the last training was interrupted: nobody said that it ended
-                self._end(kwargs["model"])
+                self._end(kwargs["model"], state)
             if self.monitor.closed:  # trainer.train() called again: a run of its own
                 self.monitor = self._make()
             model = kwargs["model"]
@@ -73,16 +88,29 @@ class NLAMonitorCallback(TrainerCallback):
                     "nla_monitor: another NLAMonitorCallback watches this model already; this one stays idle"
                 )
                 return
-            self.monitor.attach(model, kwargs.get("processing_class"))
+            self.processing_class = kwargs.get("processing_class")
+            self.monitor.attach(model, self.processing_class)
             _watched.add(model)
-            self._active = True
+            self._active, self._checked = True, False
+            self._stop = StopAgreement(self.monitor)
+            self._label(model, args)
+            self._trackers = _trackers(self.monitor, args, state)
             self.monitor.step(state.global_step + 1)
+
+    def _label(self, model: Any, args: TrainingArguments) -> None:
+        # TRL's collator lays chosen before rejected; told by its name, so that TRL is not imported for nothing.
+        pairs = any(kind.__name__ == "DPOConfig" for kind in type(args).__mro__)
+        self._forwards = Forwards(self._read, self.monitor.annotations, pairs=pairs)
+        self._forwards.watch(model)
+        if self.monitor.capture is not None:
+            self.monitor.capture.labeler = self._forwards
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Samples of the coming forwards belong to this step."""
         if self._active:
+            self._forwards.in_step = True
             self.monitor.step(state.global_step + 1, **_epoch(state))
 
     def on_step_end(
@@ -91,28 +119,22 @@ class NLAMonitorCallback(TrainerCallback):
         """Stop the run when an alert that asks for it fired; all ranks at the same step."""
         if not self._active:
             return None
+        self._forwards.in_step = False
         if not self._checked:
             self._checked = True
             self.monitor.check()
-        if not self.monitor.may_stop:
-            return None
         with self.monitor.guard("callback.stop"):
-            if self._should_stop(state.global_step):
+            if self._stop is not None and self._stop.due(state.global_step):
                 control.should_training_stop = True
                 control.should_save = True
                 return control
         return None
 
-    def _should_stop(self, step: int) -> bool:
-        alert = self.monitor.stop_alert
-        if alert is not None and not self._announced:
-            self._announced = True
-            ranks.announce_stop(step)
-            logger.warning("nla_monitor: stopping at step %d: alert %s (%s)", step, alert.alert_id, alert.rule_id)
-        if ranks.alone():
-            return alert is not None
-        stop_at = ranks.stop_step()
-        return stop_at is not None and step >= stop_at
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Newest figures to the trackers that are open; they stand before us and have taken ``logs`` already."""
+        if self._active and self._trackers is not None:
+            with self.monitor.guard("callback.log"):
+                self._trackers.log(self.monitor.scalars(), state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,13 +142,36 @@ class NLAMonitorCallback(TrainerCallback):
         """Hand over the rest; wait (bounded) until it is read."""
         if self._active:
             with self.monitor.guard("callback.end"):
-                self._end(kwargs.get("model"))
+                self._end(kwargs.get("model"), state)
 
-    def _end(self, model: Any) -> None:
-        self._active = False
+    def _end(self, model: Any, state: TrainerState) -> None:
+        self._active = self._forwards.in_step = False
         _watched.discard(model)
+        if self.monitor.capture is not None:  # the monitor may be the caller's, who goes on with it
+            self.monitor.capture.labeler = None
         if self._owned:
             self.monitor.close(self._close_timeout)
+        if self._trackers is not None:  # what was read meanwhile
+            self._trackers.log(self.monitor.scalars(), state.global_step)
+            self._trackers.close()
+
+
+def _trackers(monitor: Monitor, args: TrainingArguments, state: TrainerState) -> Trackers | None:
+    if not state.is_world_process_zero:
+        return None
+    folder = _tensorboard_run(args) if "tensorboard" in (args.report_to or ()) else None
+    return Trackers(monitor.guard, step_key="train/global_step", tensorboard=folder)
+
+
+def _tensorboard_run(args: TrainingArguments) -> Path | None:
+    """Folder of the run that the trainer's own callback has just opened."""
+    named = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    if named:
+        return Path(named).expanduser()
+    events = Path(args.output_dir or ".").glob("runs/**/events.out.tfevents.*")
+    others = (path for path in events if path.parent.name != "nla")  # ours, of an earlier training
+    newest = max(others, key=lambda path: path.stat().st_mtime, default=None)
+    return None if newest is None else newest.parent
 
 
 def _epoch(state: TrainerState) -> dict[str, float]:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from nla_monitor.capture import Capture
+from nla_monitor.capture.screens import Screens
 from nla_monitor.config import CaptureConfig, QueueConfig
 from nla_monitor.guard import Guard
 from nla_monitor.records import ActivationSample
@@ -113,23 +114,25 @@ class Captured:
         self,
         model: nn.Module | None,
         *,
-        layer: int = 1,
+        layer: int | Sequence[int] = 1,
         sink: Callable[[Sequence[ActivationSample]], None] | None = None,
         queue: QueueConfig | None = None,
         tokenizer: Any = None,
+        screens: Screens | None = None,
         **config: Any,
     ) -> None:
         self.got: list[ActivationSample] = []
         self.guard = Guard()
         self.drops: list[tuple[str, int]] = []
         self.capture = Capture(
-            CaptureConfig(**config),
+            CaptureConfig(**{"skip_first": 0} | config),  # these sequences are short
             run_id="run",
             layer=layer,
             sink=sink or self.got.extend,
             guard=self.guard,
             queue=queue or QueueConfig(write_interval_seconds=0.01),
             tokenizer=tokenizer,
+            screens=screens,
             on_dropped=lambda reason, number: self.drops.append((reason, number)),
         )
         if model is not None:

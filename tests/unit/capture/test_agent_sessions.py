@@ -11,7 +11,7 @@ import torch
 from capture_kit import BOS, EOS, Captured, capturing, left_pad, make_model, places, token_batch, word_tokenizer
 
 from nla_monitor.capture import SessionRegistry
-from nla_monitor.capture.sampling import hash_of, hex_of
+from nla_monitor.capture.keys import hash_of, hex_of
 from nla_monitor.records import ActivationSample, AgentContext, Phase
 
 

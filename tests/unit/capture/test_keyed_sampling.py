@@ -11,10 +11,12 @@ from capture_kit import BOS, EOS, PAD, VOCAB, capturing, left_pad, make_model, p
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nla_monitor.capture import policy as kinds
 from nla_monitor.capture import sampling
-from nla_monitor.capture.sampling import build_policy, choose, hash_of, hex_of, mix, mix_int, real_tokens
+from nla_monitor.capture.keys import hash_of, hex_of, mix, mix_int
+from nla_monitor.capture.policy import build_policy, whole
+from nla_monitor.capture.sampling import choose, real_tokens
 from nla_monitor.config import CaptureConfig
-from nla_monitor.errors import ConfigError
 from nla_monitor.records import Phase
 
 Sequences = list[list[int]]
@@ -29,9 +31,9 @@ class _ModelConfig:
 
 def _chosen(batch: Sequences, side: str = "left", **config: Any) -> dict[str, set[tuple[int, int]]]:
     """Sequence → (position, kind) of every valid choice."""
-    policy = build_policy(CaptureConfig(**config), None, _ModelConfig())
+    policy = build_policy(CaptureConfig(**{"skip_first": 0} | config), None, _ModelConfig())
     ids, mask = left_pad([torch.tensor(row) for row in batch], side)
-    choice = choose(policy, ids, real_tokens(ids, mask, None))
+    choice = choose(whole(policy), ids, real_tokens(ids, mask, None))
     assert choice is not None
     found: dict[str, set[tuple[int, int]]] = {}
     for row, index in zip(choice.meta.tolist(), choice.index.tolist(), strict=True):
@@ -65,6 +67,7 @@ def test_identity_is_the_hash_of_the_unpadded_tokens(batch: Sequences) -> None:
 
 
 @given(st.integers(-(2**63), 2**63 - 1))
+@settings(deadline=None)
 def test_mixer_is_the_same_for_tensors_and_integers(value: int) -> None:
     assert int(mix(torch.tensor(value))) == mix_int(value)
 
@@ -90,8 +93,9 @@ def test_random_part_takes_as_many_as_there_are(batch: Sequences, count: int, sk
     found = _chosen(batch, tokens_per_sequence=count, skip_first=skip, sequences_per_step=10)
     for row in batch:
         got = found.get(hex_of(hash_of(row)), set())
-        assert len(got) == min(count, max(0, len(row) - skip))
-        assert all(position >= skip for position, _ in got)
+        late = len(row) - skip
+        assert len(got) == min(count, late if late > 0 else len(row))
+        assert late <= 0 or all(position >= skip for position, _ in got)
 
 
 def test_seed_changes_the_choice() -> None:
@@ -131,14 +135,14 @@ def test_special_tokens_and_padding_are_never_drawn() -> None:
 def test_trigger_wins_over_special_and_is_limited() -> None:
     row = [BOS, 7, EOS, 8, EOS, 9, EOS]
     found = _chosen([row], triggers=(str(EOS),), triggers_per_sequence=2, tokens_per_sequence=2)[hex_of(hash_of(row))]
-    assert sum(kind == sampling.FIRST_TRIGGER for _, kind in found) == 2
-    assert {position for position, kind in found if kind == sampling.RANDOM} <= {1, 3, 5}
+    assert sum(kind == kinds.FIRST_TRIGGER for _, kind in found) == 2
+    assert {position for position, kind in found if kind == kinds.RANDOM} <= {1, 3, 5}
 
 
 def test_sequence_of_padding_only_gives_nothing() -> None:
     policy = build_policy(CaptureConfig(), None, _ModelConfig())
     ids = torch.full((2, 5), PAD)
-    choice = choose(policy, ids, real_tokens(ids, None, PAD))
+    choice = choose(whole(policy), ids, real_tokens(ids, None, PAD))
     assert choice is not None
     assert not choice.meta[:, sampling.VALID].any()
 
@@ -195,7 +199,7 @@ def test_sequence_budget_is_shared_by_the_micro_batches_of_a_step() -> None:
             captured.capture.step(step, shard=step)
             model(token_batch(2, seed=step))
         samples = captured.samples()
-    assert Counter(sample.step for sample in samples) == {1: 3, 2: 2}
+    assert Counter(sample.step for sample in samples) == {1: 3, 2: 1}  # a third of the budget: two more may come
     assert {sample.attributes["shard"] for sample in samples} == {1, 2}
 
 
@@ -264,10 +268,8 @@ def test_no_text_is_kept_when_switched_off() -> None:
     assert {(sample.token_text, sample.context) for sample in samples} == {(None, None)}
 
 
-def test_trigger_must_be_one_token() -> None:
+def test_triggers_are_tokens_or_ids() -> None:
     tokenizer = word_tokenizer()
-    with pytest.raises(ConfigError, match=r"'w10 w11' is 2 tokens.*must be one"):
-        build_policy(CaptureConfig(triggers=("w10 w11",)), tokenizer)
     policy = build_policy(CaptureConfig(triggers=("w10", "11", "<eos>")), tokenizer)
     assert policy.triggers == ("w10", "11", "<eos>")
     assert policy.kinds(torch.tensor([10, 11, EOS, BOS, 12, 10**9])).tolist() == [2, 3, 4, 1, 0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from capture_kit import BLOCKS, CONFIGS, PAD, capturing, left_pad, make_model, token_batch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
-from nla_monitor.capture.sampling import hash_of, hex_of
+from nla_monitor.capture.keys import hash_of, hex_of
 from nla_monitor.records import Phase
 
 
@@ -117,6 +119,27 @@ def test_training_is_bitwise_the_same(checkpointing: bool | None) -> None:
     assert {sample.phase for sample in samples} == {Phase.TRAIN}
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_blocks_checkpointed_from_outside_are_sampled_once(reentrant: bool, attach_first: bool) -> None:
+    """PyTorch's own wrapper runs a block, and the hook on it, again in the backward pass."""
+    implementation = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    model = make_model().train()
+    model.enable_input_require_grads()
+    ids = token_batch(2)
+    with capturing(None, tokens_per_sequence=3) as captured:
+        if attach_first:
+            captured.capture.attach(model)
+        for number, block in enumerate(model.model.layers):
+            model.model.layers[number] = checkpoint_wrapper(block, checkpoint_impl=implementation)
+        if not attach_first:
+            captured.capture.attach(model)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        samples = captured.samples()
+        assert len(samples) == len({(sample.sequence_id, sample.position) for sample in samples}) == 2 * 3
+        assert captured.capture.check_fired() is None
+
+
 def test_checkpointing_the_whole_model_is_sampled_once() -> None:
     model = make_model().train()
     ids = token_batch(2)
@@ -154,6 +177,38 @@ def test_compiled_training_is_captured_without_graph_breaks(compile_first: bool)
     with capturing(compiled if compile_first else model, layer=0, tokens_per_sequence=2) as captured:
         assert _equal(plain, _train(compiled, use_cache=False))
         assert len(captured.samples()) == 3 * 2 * 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", ["wrapper", "model", "step"])
+def test_attached_after_the_first_compiled_call(way: str) -> None:
+    """The graph from before has no hooks: it is made anew, once, and is back after detaching."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    model = _small()
+    ids = token_batch(2, 10)
+
+    def step(ids: torch.Tensor) -> Any:
+        return model(ids, use_cache=False).logits
+
+    compiled = torch.compile(step if way == "step" else model, backend=counter, fullgraph=True)
+    called = functools.partial(compiled, ids, **({} if way == "step" else {"use_cache": False}))
+    with torch.no_grad():
+        called()
+        with capturing(
+            compiled if way == "wrapper" else model, layer=0, tokens_per_sequence=2, skip_first=0
+        ) as captured:
+            before = counter.frame_count
+            called()
+            assert len(captured.samples()) == 4
+            frames = counter.frame_count
+            assert frames > before
+            called()
+            assert len(captured.samples()) == 4
+            assert captured.capture.check_fired() is None
+        called()
+        assert counter.frame_count == frames
+    assert not any("forward" in module.__dict__ for module in model.modules())
     torch._dynamo.reset()
 
 
