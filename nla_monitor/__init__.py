@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nla_monitor_transformers import NLAMonitorCallback
+    from nla_monitor_lightning import NLALightningCallback
+    from nla_monitor_transformers import NLAMonitorCallback, NLAMonitorReward
 
     from nla_monitor.config import MonitorConfig, load_config
     from nla_monitor.errors import NLAMonitorError
@@ -42,8 +43,10 @@ _HOME = {
     "Match": "nla_monitor.records",
     "Monitor": "nla_monitor.monitor",
     "MonitorConfig": "nla_monitor.config",
+    "NLALightningCallback": "nla_monitor_lightning",
     "NLAMonitorCallback": "nla_monitor_transformers",
     "NLAMonitorError": "nla_monitor.errors",
+    "NLAMonitorReward": "nla_monitor_transformers",
     "Phase": "nla_monitor.records",
     "Reading": "nla_monitor.records",
     "Severity": "nla_monitor.records",
@@ -62,8 +65,10 @@ __all__ = [
     "Match",
     "Monitor",
     "MonitorConfig",
+    "NLALightningCallback",
     "NLAMonitorCallback",
     "NLAMonitorError",
+    "NLAMonitorReward",
     "Phase",
     "Reading",
     "Severity",

@@ -29,11 +29,15 @@ GATE: Final = "calibration"
 _SAMPLING: Final = (
     "tokens_per_sequence",
     "triggers",
+    "role_triggers",
+    "text_triggers",
+    "text_candidates",
     "triggers_per_sequence",
     "generated_tokens",
     "positions",
     "skip_first",
     "skip_special_tokens",
+    "norm_sink_factor",
 )
 """Settings of ``capture`` that decide which tokens of a sequence are read."""
 

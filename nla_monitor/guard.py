@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
+from typing import Final
 
 logger = logging.getLogger("nla_monitor")
 
 STRICT_VARIABLE = "NLA_MONITOR_STRICT"
+_NUMBER: Final = re.compile(r"\d+")
+_KINDS: Final = 256
+"""Kinds of faults that are logged; a host is not flooded, whatever goes wrong. Counting has no bound."""
 
 
 def strict() -> bool:
@@ -59,17 +64,19 @@ class Guard:
         self._on_fault = on_fault
         self._lock = threading.Lock()
         self._faults: Counter[str] = Counter()
-        self._last: dict[str, str] = {}
+        self._seen: set[tuple[str, str]] = set()
 
     def fault(self, where: str, error: BaseException) -> None:
         """Record a fault; re-raise it in strict mode."""
         text = f"{type(error).__name__}: {error}"
         with self._lock:
             self._faults[where] += 1
-            first = self._last.get(where) != text
-            self._last[where] = text
+            kind = where, _NUMBER.sub("#", text)
+            first = kind not in self._seen and len(self._seen) < _KINDS
+            if first:
+                self._seen.add(kind)
         if first:
-            # The traceback once per kind: a fault in a hook may recur at every step.
+            # The traceback once per kind: a fault in a hook may recur at every step, with another number in it.
             logger.warning("nla_monitor: fault in %s, the host goes on: %s", where, text, exc_info=error)
         if self._on_fault is not None:
             self._on_fault(where, error)
