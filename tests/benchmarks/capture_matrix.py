@@ -21,9 +21,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from tests.benchmarks.capture_matrix_data import GROUPS
 
 _POLL_SECONDS = 0.2
+_COLUMNS = TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
 
 
 def main() -> int:
@@ -50,16 +54,17 @@ def _group(name: str, timeout: float) -> list[dict[str, Any]]:
         processes = [_start(name, rank, folder) for rank in range(ranks)]
         results = folder / "results"
         until = time.monotonic() + timeout
-        while any(process.poll() is None for process in processes) and time.monotonic() < until:
-            _show(name, len(_lines(results)), len(cases))
-            time.sleep(_POLL_SECONDS)
+        with Progress(*_COLUMNS, console=Console(stderr=True)) as bars:
+            task = bars.add_task(name, total=len(cases))
+            while any(process.poll() is None for process in processes) and time.monotonic() < until:
+                bars.update(task, completed=len(_lines(results)))
+                time.sleep(_POLL_SECONDS)
+            bars.update(task, completed=len(_lines(results)))
         late = [process for process in processes if process.poll() is None]
         for process in late:
             process.kill()
         codes = [process.wait() for process in processes]
         rows = [json.loads(line) for line in _lines(results)]
-        _show(name, len(rows), len(cases))
-        sys.stderr.write("\n")
         why = f"the group took more than {timeout:.0f} s" if late else f"its process ended with {codes}"
         said = (folder / "stderr-0").read_text().strip().splitlines()[-1:]
     return rows + [{**case.row, "ok": False, "reason": f"{why}: {said}"} for case in cases[len(rows) :]]
@@ -90,13 +95,6 @@ def _lines(results: Path) -> list[str]:
     """The rows so far, without one that is being written."""
     text = results.read_text() if results.exists() else ""
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _show(name: str, done: int, of: int) -> None:
-    width = 30
-    filled = width * done // of
-    sys.stderr.write(f"\r{name:>10} [{'#' * filled}{'.' * (width - filled)}] {done}/{of}")
-    sys.stderr.flush()
 
 
 def _line(row: dict[str, Any]) -> str:
