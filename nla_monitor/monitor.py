@@ -435,13 +435,15 @@ class Monitor:
     def _look(self) -> None:
         """Alerts of the run, as the store has them; and our drops, for the store."""
         try:
-            if ranks.rank() == 0:
+            first = ranks.rank() == 0
+            if first or self.config.capture.burst is not None:
                 alerts = self.repository.alerts(run_id=self.run_id, limit=_MANY)
                 for alert in alerts:
                     if self._states.get(alert.alert_id) is not alert.state:
                         self._states[alert.alert_id] = alert.state
-                        self._notice(alert)
-                self._refresh_scalars(alerts)
+                        self._notice(alert, first=first)
+                if first:
+                    self._refresh_scalars(alerts)
             self._store_drops()
             if self.config.capture.max_backlog is not None:
                 self._watched.backlog(self.spool.depth().waiting)
@@ -478,12 +480,16 @@ class Monitor:
             self.repository.add_drops(self.run_id, new)
             self._reported_drops = dropped
 
-    def _notice(self, alert: Alert) -> None:
+    def _notice(self, alert: Alert, *, first: bool) -> None:
+        firing = alert.state is AlertState.FIRING
+        if firing:
+            self._watched.burst()
+        if not first:
+            return  # every rank looks more closely; one speaks
         if self._responses.logs(alert):
             logger.warning("%s", describe(alert))
-        if alert.state is AlertState.FIRING:
+        if firing:
             self._responses.tag(alert)
-            self._watched.burst()
             if self._stop_alert is None and self._responses.stops(alert):
                 self._stop_alert = alert
         for listener in self._listeners:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from nla_monitor.capture.capture import Capture, CaptureStats
+from nla_monitor.capture.capture import Capture
 from nla_monitor.capture.keys import thinning_score
 from nla_monitor.capture.layers import DecoderBlocks, find_blocks, unwrap
 from nla_monitor.capture.session import SessionHandle, SessionRegistry
+from nla_monitor.capture.stats import CaptureStats
 
 __all__ = [
     "Capture",

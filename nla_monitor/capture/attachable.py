@@ -6,6 +6,7 @@ A monitor that reads nothing must not look like one that finds nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -20,8 +21,8 @@ SHARDED: Final = "sharded_residual"
 MISMATCH: Final = "shape_mismatch"
 
 _LATE: Final = (
-    "Most often the model was compiled and called before it was attached: attach before the first compiled "
-    "call, or call torch._dynamo.reset() once after attaching"
+    "Most often a compiled graph from before attach still runs: attach first, or call torch._dynamo.reset() once "
+    "after attaching"
 )
 _REPLICATE: Final = (
     "let the block's output be replicated (no SequenceParallel for its norms; PrepareModuleOutput with "
@@ -64,7 +65,7 @@ def check_attachable(found: DecoderBlocks, layers: Sequence[int], config: Captur
         AttachError: a block's output is sharded over ranks by plan.
         ConfigError: no position of this model's sequences can ever match the policy.
     """
-    _check_policy(found.base, config)
+    _check_policy(config)
     for layer in layers:
         sharded = next(_sequence_parallel(found.block(layer)), None)
         if sharded is not None:
@@ -74,26 +75,44 @@ def check_attachable(found: DecoderBlocks, layers: Sequence[int], config: Captur
             )
 
 
-def _check_policy(base: nn.Module, config: CaptureConfig) -> None:
+def _check_policy(config: CaptureConfig) -> None:
     if not config.phases:
         raise ConfigError("capture.phases is empty: no forward can ever be sampled. Name train, eval or agent")
-    vocabulary = getattr(_text_config(base), "vocab_size", None)
-    for trigger in config.triggers:
-        if trigger.isdecimal() and isinstance(vocabulary, int) and int(trigger) >= vocabulary:
-            raise ConfigError(
-                f"capture.triggers: token {trigger} can never occur, the model has {vocabulary} tokens. Use an id "
-                f"below {vocabulary}, or the token's text"
-            )
+
+
+def is_copy(block: nn.Module) -> bool:
+    """Whether another rank of a tensor-parallel group gives the same output of this block, and comes before this one.
+
+    Such ranks are fed the same tokens; all of them reading would count each sample as often as there are ranks. Told by
+    linear layers that are split over a mesh: experts may be split over ranks that have tokens of their own.
+    """
+    meshes = [
+        content
+        for module in block.modules()
+        if isinstance(module, nn.Linear)
+        for content in _styles(module)
+        if type(content).__name__ == "DeviceMesh"
+    ]
+    return any(any(mesh.get_coordinate() or ()) for mesh in meshes)
 
 
 def _sequence_parallel(block: nn.Module) -> Iterator[str]:
-    """Submodules of a block that ``parallelize_module`` made ``SequenceParallel``, known by what it leaves on them."""
+    """Submodules of a block that ``parallelize_module`` made ``SequenceParallel``."""
     for name, module in block.named_modules():
-        # torch leaves a pre-hook, transformers a forward of the module's own; neither has another way to ask.
-        called = [*module._forward_pre_hooks.values(), module.__dict__.get("forward")]  # noqa: SLF001
-        held = [cell.cell_contents for one in called for cell in getattr(one, "__closure__", None) or ()]
-        if any(_is_sequence_parallel(content) for content in held):
+        if any(_is_sequence_parallel(content) for content in _styles(module)):
             yield name
+
+
+def _styles(module: nn.Module) -> Iterator[Any]:
+    """What a tensor-parallel style (of torch, of transformers) left on a module.
+
+    torch leaves hooks, transformers a forward of the module's own: what they close over has no other way to ask.
+    """
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]  # noqa: SLF001
+    for one in [*hooks, module.__dict__.get("forward")]:
+        for cell in getattr(one, "__closure__", None) or ():
+            with suppress(ValueError):  # a cell that nothing was put into yet
+                yield cell.cell_contents
 
 
 def _is_sequence_parallel(content: object) -> bool:
@@ -129,27 +148,36 @@ def is_shard(hidden: Tensor, shape: torch.Size) -> bool:
 
 
 def why_nothing(
-    paths: Iterable[str], *, forwards: int, planned: int, skipped: Mapping[str, int], silent: Sequence[int]
+    paths: Iterable[str],
+    expected: int,
+    *,
+    forwards: int,
+    planned: int,
+    skipped: Mapping[str, int],
+    silent: Sequence[int],
 ) -> str:
-    """Why no forward was captured at some layers, and what to do.
+    """That no forward was captured at some layers, why, and what to do.
 
     Args:
         paths: of the hooked blocks.
+        expected: forward passes that the host has run.
         forwards: forward passes seen.
         planned: those of which something was to be read.
         skipped: those that could not be read, by reason.
         silent: the layers of which nothing was gathered.
     """
+    where = f"layer{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+    said = f"captured 0 of {expected} expected forwards at {where}: "
     if not forwards:
-        return f"no forward of the attached model was seen. {_LATE}; or another model object is the one that runs"
+        return f"{said}no forward of the attached model was seen. {_LATE}; or another model object is the one that runs"
     if skipped:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.items())
         remedies = " ".join(f"{_REMEDIES[reason]}." for reason in skipped if reason in _REMEDIES)
-        return f"no forward could be read: {reasons}. {remedies}".rstrip(". ")
+        return f"{said}no forward could be read: {reasons}. {remedies}".rstrip(". ")
     if planned:
         names = [path for path in paths if int(path.rpartition(".")[2]) in silent]
-        return f"the hook on {', '.join(names)} never fired. {_LATE}"
-    return "nothing was there to sample"
+        return f"{said}the hook on {', '.join(names)} never fired. {_LATE}"
+    return f"{said}nothing was there to sample"
 
 
 def why_replaced(paths: Sequence[str]) -> str:

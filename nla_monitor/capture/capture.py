@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from nla_monitor.capture.attachable import (
     SHARDED,
     check_attachable,
     check_original,
+    is_copy,
     is_shard,
     why_nothing,
     why_replaced,
@@ -41,6 +42,7 @@ from nla_monitor.capture.sampling import Choice
 from nla_monitor.capture.screens import Screens
 from nla_monitor.capture.session import SessionRegistry, SessionView
 from nla_monitor.capture.staging import StagedJob, Stager
+from nla_monitor.capture.stats import CaptureStats
 from nla_monitor.capture.tap import OUTER, ResidualTap, Signals, Slots
 from nla_monitor.config import CaptureConfig, QueueConfig
 from nla_monitor.errors import AttachError
@@ -54,28 +56,6 @@ BUSY = "busy"
 
 Labeler = Callable[[Signals], Mapping[str, Scalar] | None]
 """Attributes of a forward that no agent and no ``phase`` block claims; None: it is not read. In the host's thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureStats:
-    """Counters since construction."""
-
-    forwards: int
-    """Forward passes seen."""
-    sampled: int
-    """Samples built."""
-    written: int
-    """Samples that the sink took."""
-    dropped: dict[str, int]
-    """Samples lost, by reason."""
-    skipped: dict[str, int]
-    """Forward passes that could not be read, and samples left out (``norm_sink``), by reason."""
-    unmatched_sessions: int
-    """Ended agent sessions of which no forward was seen."""
-    host_seconds: float = 0.0
-    """CPU time of the host's threads spent in planning, gathering and handing over."""
-    retries: int = 0
-    """Batches that the sink could not take for now; they were kept and tried again."""
 
 
 class _Local(threading.local):
@@ -152,6 +132,8 @@ class Capture:
         self._tap: ResidualTap | None = None
         self._model: nn.Module | None = None
         self._adapters: AdapterState | None = None
+        self._copy = False
+        """Whether another rank computes the same stream (tensor parallelism) and reads it."""
         self._step: int | None = None
         self._attributes: Mapping[str, Scalar] = {}
         self._steps_done = 0
@@ -168,9 +150,10 @@ class Capture:
     # What the host calls.
 
     def attach(self, model: nn.Module) -> None:
-        """Put the tap on ``model``, the module whose forward the host calls; before its first compiled call.
+        """Put the tap on ``model``, the module whose forward the host calls, before or after it is compiled.
 
-        Attaching to the same model again does nothing. Weights, outputs and gradients stay as they are.
+        Attaching to the same model again does nothing. Weights, outputs and gradients stay as they are. Where ranks
+        compute the same residual stream together (tensor parallelism), only the first of them reads it.
 
         Raises:
             AttachError: no decoder blocks, layer out of range, or this capture is on another model.
@@ -189,6 +172,7 @@ class Capture:
         self._screens.check(self.layers, width_of(found.base))
         self._policy = build_policy(self._config, self._tokenizer, getattr(found.base, "config", None))
         self._assembler = self._make_assembler()
+        self._copy = any(is_copy(found.block(layer)) for layer in self.layers)
         self._tap = ResidualTap(self, model, found, self.layers)
         self._model = model
         self._adapters = AdapterState(model)
@@ -274,7 +258,7 @@ class Capture:
             expected: forwards that the host has run since ``attach``; default: as many as steps were completed.
         """
         replaced = self.replaced()
-        if replaced is not None:
+        if replaced is not None or self._copy:
             return replaced
         silent = [layer for layer in self.layers if not self._tapped[layer]]
         if not silent or (self._forwards and not self._planned and not self._skipped):
@@ -283,11 +267,10 @@ class Capture:
         if not number:
             return None
         paths = self._tap.blocks if self._tap is not None else ()
-        why = why_nothing(
-            paths, forwards=self._forwards, planned=self._planned, skipped=dict(self._skipped), silent=silent
+        skipped = dict(self._skipped)
+        return why_nothing(
+            paths, number, forwards=self._forwards, planned=self._planned, skipped=skipped, silent=silent
         )
-        where = f"layer{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
-        return f"captured 0 of {number} expected forwards at {where}: {why}"
 
     def replaced(self) -> str | None:
         """What is wrong if a hooked block stands no more in the model; None if all do. Cheap: for every step."""
@@ -302,7 +285,7 @@ class Capture:
         if level != OUTER and local.level is not None:
             return  # the model's own hook has planned it, with labels
         self._release(local)
-        if local.paused or not self._stager.alive or is_recompute():
+        if local.paused or self._copy or not self._stager.alive or is_recompute():
             return
         local.level = level
         with self._count_lock:

@@ -57,6 +57,11 @@ def data_rank(case: Case, rank: int) -> int:
     return 0 if case.parallelism == "tp" else rank
 
 
+def reads(case: Case, rank: int) -> bool:
+    """Whether samples are expected of a rank: of tensor-parallel ranks, which all have the same, one reads."""
+    return case.parallelism != "tp" or rank == 0
+
+
 def _ddp(model: Any) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 

@@ -16,7 +16,7 @@ import torch
 
 from tests.benchmarks.capture_matrix_checks import NotRunError, check
 from tests.benchmarks.capture_matrix_data import GROUPS, Case
-from tests.benchmarks.capture_matrix_ranks import data_rank, everyone, join, leave, wrapper
+from tests.benchmarks.capture_matrix_ranks import data_rank, everyone, join, leave, reads, wrapper
 
 
 def run_group(name: str, rank: int, folder: Path) -> None:
@@ -48,7 +48,7 @@ def _answer(case: Case, rank: int) -> dict[str, Any]:
     """The figures of a case; ``ok`` is None where it cannot be run here."""
     try:
         wrap = wrapper(case) if case.parallelism != "none" else None
-        return check(case, data_rank(case, rank), wrap)
+        return check(case, data_rank(case, rank), wrap, reads=reads(case, rank))
     except NotRunError as refused:
         return {"ok": None, "reason": str(refused)}
     except Exception as error:  # noqa: BLE001 -- a row that fails is a row that says so

@@ -1,6 +1,7 @@
 """One of two processes of a tensor-parallel model; says as JSON what the capture made of its residual stream.
 
-Usage: ``python sharded_program.py MODE RANK PORT``, with MODE ``replicated``, ``plain``, ``sequence`` or ``local``.
+Usage: ``python sharded_program.py MODE RANK PORT``, with MODE ``replicated``, ``plain``, ``transformers``, ``sequence``
+or ``local``.
 """
 
 from __future__ import annotations
@@ -56,9 +57,26 @@ class Gathered(nn.Module):
         return self.inner(hidden, *args, **kwargs)
 
 
+def _by_transformers(model: Any, mesh: Any) -> Any:
+    """As ``from_pretrained(..., tp_plan=...)`` does it, which is for accelerators only."""
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    styles = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+    plan = {
+        f"model.layers.{number}.mlp.{name}": style
+        for number in range(len(model.model.layers))
+        for name, style in styles.items()
+    }
+    for name, style in list(plan.items()):
+        plan[f"{name}.weight"] = style
+    return apply_tensor_parallelism(model, mesh, plan)
+
+
 def build(mode: str, mesh: Any) -> Any:
     """The model, parallel over ``mesh``."""
     model = make_model()
+    if mode == "transformers":
+        return _by_transformers(model, mesh)
     if mode == "plain":
         for block in model.model.layers:
             plan = {

@@ -87,7 +87,10 @@ def test_models_that_cannot_be_looked_into_are_refused_with_a_remedy(model: Any,
     ("config", "message"),
     [
         ({"tokens_per_sequence": 0}, "nothing can ever be sampled.*Set capture.tokens_per_sequence"),
-        ({"triggers": (str(VOCAB),)}, f"token {VOCAB} can never occur, the model has {VOCAB} tokens. Use an id below"),
+        (
+            {"triggers": (str(VOCAB),)},
+            f"token id {VOCAB} can never match: the vocabulary ends at {VOCAB - 1}. Write an id",
+        ),
         ({"phases": ()}, "capture.phases is empty.*Name train, eval or agent"),
     ],
 )

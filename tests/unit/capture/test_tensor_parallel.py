@@ -39,11 +39,18 @@ def _run(mode: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("mode", ["replicated", "plain"])
-def test_a_replicated_residual_is_read(mode: str) -> None:
-    """As a replicated ``DTensor``, and as the plain tensors that tensor-parallel plans leave."""
-    for told in _run(mode):
+def test_a_replicated_residual_is_read() -> None:
+    """As a replicated ``DTensor`` of a block that does not say how it came by it."""
+    for told in _run("replicated"):
         assert told == {"samples": 24, "same": True, "skipped": {}, "problem": None}
+
+
+@pytest.mark.parametrize("mode", ["plain", "transformers"])
+def test_a_residual_that_all_ranks_have_is_read_by_one(mode: str) -> None:
+    """As the plain tensors that the tensor-parallel styles of torch and of transformers leave."""
+    first, second = _run(mode)
+    assert first == {"samples": 24, "same": True, "skipped": {}, "problem": None}
+    assert second == {"samples": 0, "same": False, "skipped": {}, "problem": None}
 
 
 @pytest.mark.parametrize("mode", ["sequence", "local"])
