@@ -76,6 +76,7 @@ def _start(name: str, rank: int, folder: Path) -> subprocess.Popen[bytes]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
+        "DS_ACCELERATOR": "cpu",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(GROUPS[name][1]),

@@ -17,6 +17,7 @@ from nla_monitor.config import CaptureConfig, QueueConfig
 from nla_monitor.guard import Guard
 from nla_monitor.records import ActivationSample
 from tests.benchmarks.capture_matrix_data import Case
+from tests.benchmarks.capture_matrix_drive import drive
 from tests.benchmarks.capture_matrix_models import (
     FIRST_WORD,
     LAYER,
@@ -192,18 +193,17 @@ def _run_training(case: Case, rank: int, wrap: Wrap | None, *, watch: bool) -> T
     called = wrap(model) if wrap is not None else model
     if case.compile != "none":
         called = torch.compile(called, backend=case.backend, fullgraph=case.compile == "fullgraph")
-    optimizer = torch.optim.AdamW(called.parameters(), lr=1e-3)
+    driven = drive(called)
     if case.attached == "after":
-        _loss(case, called, batch(0, rank)).backward()
-        optimizer.zero_grad()
+        driven.backward(_loss(case, called, batch(0, rank)))
+        driven.clear()
     with _watching(called if watch else None, trace) as watcher:
         for step in range(STEPS):
             torch.manual_seed(step)
             loss = _loss(case, called, batch(step, rank))
-            loss.backward()
-            trace.values += [loss.detach().clone(), *_gradients(called)]
-            optimizer.step()
-            optimizer.zero_grad()
+            driven.backward(loss)
+            trace.values += [loss.detach().clone(), *driven.gradients()]
+            driven.step()
             trace.graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
             if watcher is not None:
                 trace.samples.append(watcher.samples())
@@ -229,11 +229,6 @@ def _loss(case: Case, model: Any, ids: Tensor) -> Tensor:
     with _autocast(case):
         loss: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
     return loss
-
-
-def _gradients(model: nn.Module) -> list[Tensor]:
-    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return [(grad.to_local() if hasattr(grad, "to_local") else grad).detach().clone() for grad in found]
 
 
 # Generation.

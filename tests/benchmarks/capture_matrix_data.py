@@ -76,7 +76,8 @@ def _eager() -> list[Case]:
 def _compiled() -> list[Case]:
     traced = [
         Case("llama", compile="fullgraph", backend="aot_eager"),
-        Case("gpt2", compile="fullgraph", backend="aot_eager", attached="after"),
+        Case("phi3", compile="fullgraph", backend="aot_eager", attached="after"),
+        Case("gpt2", compile="default", backend="aot_eager"),
         Case("olmo2", compile="default", backend="aot_eager", precision="autocast"),
         Case("mistral", compile="default", backend="aot_eager", precision="bf16"),
         Case("llama", compile="default", backend="aot_eager", checkpointing="non-reentrant"),
@@ -105,6 +106,7 @@ def _ranks() -> list[Case]:
         Case("llama", parallelism="tp"),
         Case("qwen2", parallelism="tp"),
         Case("qwen2", parallelism="zero3"),
+        Case("gemma3", parallelism="zero3", precision="bf16", checkpointing="non-reentrant"),
     ]
     return [*cases, replace(cases[0], attached="after")]
 

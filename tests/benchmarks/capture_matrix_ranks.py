@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import importlib.util
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 from tests.benchmarks.capture_matrix_checks import NotRunError, Wrap
 from tests.benchmarks.capture_matrix_data import RANKS, Case
+from tests.benchmarks.capture_matrix_drive import LEARNING_RATE
+from tests.benchmarks.capture_matrix_models import ROWS
 
 _PATIENCE = dt.timedelta(seconds=120)
 _TP_PLAN = {
@@ -47,8 +50,8 @@ def wrapper(case: Case) -> Wrap:
     Raises:
         NotRunError: what that needs is not installed.
     """
-    if case.parallelism == "zero3":
-        raise NotRunError("DeepSpeed is not among the packages that this benchmark runs with; ZeRO-3 is not measured")
+    if case.parallelism == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        raise NotRunError("DeepSpeed is not installed (pip install --no-build-isolation deepspeed)")
     return _WRAPPERS[case.parallelism]
 
 
@@ -101,8 +104,27 @@ def _accelerate(model: Any) -> nn.Module:
     return prepared
 
 
+def _zero3(model: Any) -> nn.Module:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "torch_adam": True}},
+        "zero_force_ds_cpu_optimizer": False,  # that one is compiled when it is first used
+    }
+    engine: nn.Module = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    return engine
+
+
 def _mesh() -> Any:
     return torch.distributed.device_mesh.init_device_mesh("cpu", (RANKS,))
 
 
-_WRAPPERS: dict[str, Wrap] = {"ddp": _ddp, "fsdp2": _fsdp2, "tp": _tensor_parallel, "accelerate": _accelerate}
+_WRAPPERS: dict[str, Wrap] = {
+    "ddp": _ddp,
+    "fsdp2": _fsdp2,
+    "tp": _tensor_parallel,
+    "accelerate": _accelerate,
+    "zero3": _zero3,
+}
