@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nla_monitor.breathing import breathe
 from nla_monitor.capture import keys, sampling
 from nla_monitor.capture.budget import NormSinks
 from nla_monitor.capture.policy import CANDIDATE, PROMPT_END, RANDOM, Draw, Policy
@@ -78,6 +78,9 @@ class Job:
             return int(self.meta.shape[0])
         return int(self.meta[:, sampling.VALID].sum())
 
+    def discard(self) -> None:
+        """Nothing is held of it."""
+
 
 class TokenText:
     """Decodes token ids with its own copy of the tokenizer.
@@ -105,7 +108,11 @@ class TokenText:
         if self._tokenizer is None:
             return [None] * len(rows)
         decode = self._tokenizer.decode
-        return [decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
+        texts: list[str | None] = []
+        for row in rows:
+            texts.append(decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            breathe()
+        return texts
 
 
 class TextMatcher:
@@ -139,7 +146,7 @@ class TextMatcher:
             # Half a character before the candidate is another text than the whole one after it.
             start = len(before if whole.startswith(before) else before.rstrip("\ufffd"))
             found.append(self._triggers.first(whole, start))
-            time.sleep(0)  # see Assembler.build
+            breathe()
         return found
 
 
@@ -214,8 +221,7 @@ class Assembler:
                     pattern=matched.get(kept[number]),
                 )
             )
-            # Hands the interpreter to the host between records: a thread that asks for it waits up to 5 ms otherwise.
-            time.sleep(0)
+            breathe()
         return samples, lost
 
     def _match(self, job: Job, meta: list[list[int]], kept: list[int]) -> dict[int, str]:

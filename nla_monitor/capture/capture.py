@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,21 +35,30 @@ from nla_monitor.capture.attachable import (
 )
 from nla_monitor.capture.budget import Pace
 from nla_monitor.capture.generation import Generation
+from nla_monitor.capture.held import HeldJob, HeldPool
 from nla_monitor.capture.layers import find_blocks
-from nla_monitor.capture.planning import Plan, choose_rows, is_continuation, is_recompute, jobs_of, settle
+from nla_monitor.capture.planning import (
+    HeldPlan,
+    Plan,
+    choose_rows,
+    draw_of,
+    hold,
+    is_continuation,
+    is_recompute,
+    settle,
+)
 from nla_monitor.capture.policy import Draw, build_policy
 from nla_monitor.capture.sampling import Choice
 from nla_monitor.capture.screens import Screens
 from nla_monitor.capture.session import SessionRegistry, SessionView
 from nla_monitor.capture.staging import StagedJob, Stager
 from nla_monitor.capture.stats import CaptureStats
-from nla_monitor.capture.tap import OUTER, ResidualTap, Signals, Slots
+from nla_monitor.capture.tap import OUTER, ResidualTap, Signals, SlotPool
 from nla_monitor.config import CaptureConfig, QueueConfig
 from nla_monitor.errors import AttachError
 from nla_monitor.guard import Guard
 from nla_monitor.records import ActivationSample, Phase, Scalar
 
-_MAX_IN_FLIGHT = 64
 _LATE_ADAPTERS = 3
 """Steps for which adapters are looked for that were put into the model after it was attached."""
 BUSY = "busy"
@@ -63,7 +72,7 @@ class _Local(threading.local):
 
     level: int | None = None
     """Level of the hook that opened the current forward."""
-    plan: Plan | None = None
+    plan: Plan | HeldPlan | None = None
     generation: Generation | None = None
     phase: Phase | None = None
     attributes: Mapping[str, Scalar] = {}
@@ -126,8 +135,10 @@ class Capture:
         self._stager = Stager(self._build, sink, guard, queue, on_sampled=on_sampled, on_dropped=on_dropped)
         self._pace = Pace(config, load=lambda: self._stager.depth / queue.max_samples, layers=len(self.layers))
         self._local = _Local()
-        self._free: deque[Slots] = deque()
-        self._slots_made = 0
+        self._held = HeldPool(len(self.layers))
+        self._slots: SlotPool | None = None
+        self._width: int | None = None
+        """``d_model``, where the model says it."""
         self._name = name
         self._tap: ResidualTap | None = None
         self._model: nn.Module | None = None
@@ -174,6 +185,8 @@ class Capture:
         self._assembler = self._make_assembler()
         self._copy = any(is_copy(found.block(layer)) for layer in self.layers)
         self._tap = ResidualTap(self, model, found, self.layers)
+        self._slots = SlotPool(max(self._policy.slots, 1), self._tap.device, len(self.layers))
+        self._width = width_of(found.base)
         self._model = model
         self._adapters = AdapterState(model)
 
@@ -181,9 +194,8 @@ class Capture:
         """Take the tap off; samples under way are still written."""
         if self._tap is not None:
             self._tap.remove()
-        self._tap = self._model = self._adapters = None
-        self._free.clear()
-        self._slots_made = 0
+        self._tap = self._model = self._adapters = self._slots = None
+        self._held = HeldPool(len(self.layers))  # its buffers are the old model's
 
     def step(self, step: int, **attributes: Scalar) -> None:
         """The following forwards belong to optimizer step ``step``; its micro-batches share the budget of sequences."""
@@ -279,6 +291,10 @@ class Capture:
 
     # What the hooks call, inside the guard.
 
+    def planned(self) -> bool:
+        """Whether a forward is under way in this thread (``tap.Receiver``)."""
+        return self._local.level is not None
+
     def begin(self, signals: Signals, level: int) -> None:
         """Plan the forward that starts in this thread (``tap.Receiver``)."""
         local = self._local
@@ -320,14 +336,14 @@ class Capture:
         try:
             if plan is not None and plan.tapped:
                 with self._ours():
-                    for job in jobs_of(plan, self.layers, self._screens, self.guard):
+                    for job in plan.jobs(self.layers, self._screens, self.guard):
                         self._stager.put_nowait(job)
         finally:
             self._release(local)
 
     # Planning.
 
-    def _plan(self, signals: Signals, local: _Local) -> Plan | None:
+    def _plan(self, signals: Signals, local: _Local) -> Plan | HeldPlan | None:
         ids = signals.ids
         if ids is None or ids.dim() != 2 or ids.device.type == "meta":
             self._skip("no_input_ids")
@@ -347,9 +363,14 @@ class Capture:
 
     def _plan_sequences(
         self, signals: Signals, ids: Tensor, origin: Origin, local: _Local, *, agent: bool
-    ) -> Plan | None:
+    ) -> Plan | HeldPlan | None:
+        draw, borders = draw_of(self._pace, self._policy, signals, origin, ids=ids, agent=agent)
+        if not agent and self._tap is not None and self._tap.device.type == "cpu":
+            held = hold(self._held, draw, signals, borders, origin, ids=ids, width=self._width)
+            if held is not None:
+                return held
         wanted = self._wanted_on(ids.device, origin.sessions) if agent else None
-        draw, real, choice = choose_rows(self._pace, self._policy, signals, origin, ids=ids, wanted=wanted, agent=agent)
+        real, choice = choose_rows(draw, signals, borders, ids=ids, wanted=wanted, agent=agent)
         if choice is None:
             return None
         owners = Owners()
@@ -376,16 +397,16 @@ class Capture:
     def _open(
         self, choice: Choice, draw: Draw, origin: Origin, owners: Owners, ids: Tensor, *, generated: int | None = None
     ) -> Plan | None:
-        slots = self._acquire()
+        slots = None if self._slots is None else self._slots.take()
         if slots is None:
             self._stager.drop(BUSY, choice.meta.shape[0])
             return None
         try:
             slots.plan(choice.index)
         except BaseException:
-            self._free.append(slots)  # a plan that fails must not take its slots along: there are only so many
+            slots.give_back()  # a plan that fails must not take its slots along: there are only so many
             raise
-        return Plan(choice, draw, slots, origin, owners, ids.shape, generated)
+        return Plan(draw, origin, ids.shape, choice, slots, owners, generated)
 
     def _origin(self, signals: Signals, local: _Local) -> tuple[Origin, bool]:
         """Where a forward comes from, and whether an agent's rows may be in it."""
@@ -436,23 +457,12 @@ class Capture:
             with self._count_lock:
                 self._host_seconds += time.thread_time() - started
 
-    def _acquire(self) -> Slots | None:
-        try:
-            return self._free.pop()
-        except IndexError:
-            pass
-        tap = self._tap
-        if tap is None or self._slots_made >= _MAX_IN_FLIGHT:
-            return None
-        self._slots_made += 1
-        return Slots(max(self._policy.slots, 1), tap.device, len(self.layers))
-
     def _release(self, local: _Local, *, keep_level: bool = False) -> None:
         plan, local.plan = local.plan, None
         if not keep_level:
             local.level = None
         if plan is not None:
-            self._free.append(plan.slots)
+            plan.release()
 
     def _skip(self, reason: str, number: int = 1) -> None:
         with self._count_lock:
@@ -475,6 +485,13 @@ class Capture:
         )
 
     def _build(self, job: StagedJob) -> tuple[list[ActivationSample], int]:
+        if isinstance(job, HeldJob):
+            try:
+                with torch.no_grad():
+                    built = [self._build(one) for one in job.jobs(self.layers, self._screens, self.guard)]
+            finally:
+                job.discard()
+            return [sample for samples, _ in built for sample in samples], sum(lost for _, lost in built)
         if not isinstance(job, Job):
             raise TypeError(f"the stager gave a {type(job).__name__}, not a Job")
         samples, lost = self._assembler.build(job)

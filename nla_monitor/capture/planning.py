@@ -13,29 +13,26 @@ from nla_monitor.capture import keys, sampling
 from nla_monitor.capture.assembly import Job, Origin, Owners
 from nla_monitor.capture.budget import Pace
 from nla_monitor.capture.generation import Generation
+from nla_monitor.capture.held import MOST_BYTES, MOST_TOKENS, HeldJob, HeldPool, HeldRows, Inputs
 from nla_monitor.capture.packing import Borders
 from nla_monitor.capture.policy import RANDOM, Draw, Policy
 from nla_monitor.capture.sampling import Choice
 from nla_monitor.capture.screens import Screens
-from nla_monitor.capture.staging import to_host
+from nla_monitor.capture.staging import StagedJob, to_host
 from nla_monitor.capture.tap import Signals, Slots
 from nla_monitor.guard import Guard
 from nla_monitor.records import Phase
 
 
 @dataclass(eq=False, slots=True)
-class Plan:
-    """What is read of the forward that is under way in one thread."""
+class Forward:
+    """The forward that is under way in one thread."""
 
-    choice: Choice
     draw: Draw
-    slots: Slots
     origin: Origin
-    owners: Owners
     shape: torch.Size
     """Of ``input_ids``: ``[batch, seq]``."""
-    generated: int | None = None
-    tapped: set[int] = field(default_factory=set)
+    tapped: set[int] = field(default_factory=set, init=False)
     """Layers gathered so far, by their number among those that are read."""
 
     def fits(self, hidden: Tensor) -> bool:
@@ -45,6 +42,45 @@ class Plan:
         """
         batch, seq = self.shape
         return hidden.shape[:-1] in (self.shape, (batch * seq,), (1, batch * seq))
+
+
+@dataclass(eq=False, slots=True)
+class Plan(Forward):
+    """What is read of it."""
+
+    choice: Choice
+    slots: Slots
+    owners: Owners
+    generated: int | None = None
+
+    def jobs(self, layers: Sequence[int], screens: Screens, guard: Guard) -> Sequence[StagedJob]:
+        """What was gathered, on its way to the host."""
+        return jobs_of(self, layers, screens, guard)
+
+    def release(self) -> None:
+        """It is over; copies are under way or done."""
+        self.slots.give_back()
+
+
+@dataclass(eq=False, slots=True)
+class HeldPlan(Forward):
+    """What is copied of it, to be chosen from later."""
+
+    inputs: Inputs
+    slots: HeldRows
+    pad_id: int | None
+    handed: bool = field(default=False, init=False)
+
+    def jobs(self, layers: Sequence[int], screens: Screens, guard: Guard) -> Sequence[StagedJob]:  # noqa: ARG002 -- as ``Plan``
+        """All that was copied."""
+        self.handed = True
+        numbers = tuple(sorted(self.tapped))
+        return [HeldJob(self.slots, self.inputs, self.draw, self.origin, self.pad_id, numbers)]
+
+    def release(self) -> None:
+        """It is over; what was handed over is still read."""
+        if not self.handed:
+            self.slots.give_back()
 
 
 def jobs_of(plan: Plan, layers: Sequence[int], screens: Screens, guard: Guard) -> list[Job]:
@@ -99,16 +135,22 @@ def _after(device: torch.device, beside: torch.cuda.Event | None, where: torch.d
     return _event(device)
 
 
-def choose_rows(
-    pace: Pace, policy: Policy, signals: Signals, origin: Origin, *, ids: Tensor, wanted: Tensor | None, agent: bool
-) -> tuple[Draw, Tensor, Choice | None]:
-    """How much is taken of a forward over ``ids`` ``[batch, seq]``, which tokens are real, and what is chosen."""
+def draw_of(
+    pace: Pace, policy: Policy, signals: Signals, origin: Origin, *, ids: Tensor, agent: bool
+) -> tuple[Draw, Borders | None]:
+    """How much is taken of a forward over ``ids`` ``[batch, seq]``, and what was said of packed sequences."""
     borders = _borders(signals, agent=agent)
     # How many sequences packed rows hold is known on their device only; each has two tokens at least.
     most = ids.shape[0] if borders is None else max(ids.shape[0], ids.numel() // 2)
     trains = origin.phase is Phase.TRAIN
-    draw = pace.train(policy, most, epoch_of(origin)) if trains else pace.other(policy, most)
-    real = sampling.real_tokens(ids, signals.mask, policy.pad_id)
+    return pace.train(policy, most, epoch_of(origin)) if trains else pace.other(policy, most), borders
+
+
+def choose_rows(
+    draw: Draw, signals: Signals, borders: Borders | None, *, ids: Tensor, wanted: Tensor | None, agent: bool
+) -> tuple[Tensor, Choice | None]:
+    """Which tokens of ``ids`` ``[batch, seq]`` are real, and what is chosen."""
+    real = sampling.real_tokens(ids, signals.mask, draw.policy.pad_id)
     choice = sampling.choose(
         draw,
         ids,
@@ -119,7 +161,38 @@ def choose_rows(
         borders=borders,
         masked=signals.mask is not None and signals.mask.shape == ids.shape,
     )
-    return draw, real, choice
+    return real, choice
+
+
+def hold(
+    pool: HeldPool,
+    draw: Draw,
+    signals: Signals,
+    borders: Borders | None,
+    origin: Origin,
+    *,
+    ids: Tensor,
+    width: int | None,
+) -> HeldPlan | None:
+    """The forward is copied and chosen from later; None where it must be chosen from now.
+
+    Args:
+        pool: of buffers.
+        draw: how much is taken.
+        signals: what the forward was called with.
+        borders: what was said of packed sequences.
+        origin: where it comes from.
+        ids: ``[batch, seq]`` of a residual stream on the CPU.
+        width: ``d_model``; None: not known.
+    """
+    tokens = ids.numel()
+    small = tokens <= MOST_TOKENS and width is not None and 4 * tokens * width <= MOST_BYTES
+    if not small or not tokens or draw.sequences <= 0 or ids.device.type != "cpu":
+        return None
+    mask = signals.mask if signals.mask is not None and signals.mask.shape == ids.shape else None
+    inputs = Inputs.copied(ids, mask, usable(signals.labels, ids), borders)
+    rows = pool.take()
+    return None if rows is None else HeldPlan(draw, origin, ids.shape, inputs, rows, draw.policy.pad_id)
 
 
 def _borders(signals: Signals, *, agent: bool) -> Borders | None:

@@ -45,6 +45,10 @@ class StagedJob(Protocol):
         """Samples that it will give, as exactly as can be said without waiting."""
         ...
 
+    def discard(self) -> None:
+        """It will not be built."""
+        ...
+
 
 Builder = Callable[["StagedJob"], tuple[list[ActivationSample], int]]
 """Turns a finished job into samples, and says how many vectors were not finite."""
@@ -137,6 +141,7 @@ class Stager:
         with self._wake:
             if self._closing:
                 lost[CLOSED] += count
+                job.discard()
             else:
                 self._start()
                 self._jobs.append((job, count))
@@ -173,6 +178,8 @@ class Stager:
             self._wake.notify_all()
             done = self._wait_idle(deadline)
             lost = Counter({CLOSED: sum(job.count() for job, _ in self._jobs) + len(self._ready)})
+            for job, _ in self._jobs:
+                job.discard()
             self._jobs.clear()
             self._ready.clear()
             self._jobs_count = 0
@@ -207,6 +214,7 @@ class Stager:
         while excess > 0 and len(self._jobs) > 1:
             job, count = self._pop_job()
             lost[reason] += job.count()
+            job.discard()
             excess -= count
 
     def _pop_job(self) -> tuple[StagedJob, int]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from nla_monitor.guard import Guard
 
 _READ = ("input_ids", "attention_mask", "labels", "position_ids", "seq_idx", "cu_seq_lens_q")
 """Arguments of a forward that say what is in it."""
+_MAX_IN_FLIGHT = 64
 OUTER, INNER = 0, 1
 """Hook levels: the model that was attached, and the module that runs its blocks."""
 
@@ -54,6 +56,10 @@ class Receiver(Protocol):
     """Who is told of forwards (the capture)."""
 
     guard: Guard
+
+    def planned(self) -> bool:
+        """Whether a forward is under way in this thread."""
+        ...
 
     def begin(self, signals: Signals, level: int) -> None:
         """A forward starts in this thread: plan it."""
@@ -173,6 +179,8 @@ class _BeginHook(_Hook):
             )
             return
         with self.receiver.guard("capture.plan"):
+            if self.level != OUTER and self.receiver.planned():
+                return  # by the model's own hook, which saw labels
             given = self.bind(args, kwargs)
             signals = Signals(
                 ids=given["input_ids"],
@@ -222,7 +230,7 @@ class _TapHook(_Hook):
             return
         with self.receiver.guard("capture.tap"):
             hidden, partial = _local(_hidden_of(output).detach())
-            _tap_op(hidden, self.fires, self.handle, self.level, partial)
+            self.receiver.tap(hidden, self.level, partial=partial)
 
 
 class _EndHook(_Hook):
@@ -323,7 +331,8 @@ def _device_of(block: nn.Module) -> torch.device:
 class Slots:
     """The persistent index of one forward in flight, ``size`` rows, and a buffer for each layer that is read."""
 
-    def __init__(self, size: int, device: torch.device, layers: int = 1) -> None:
+    def __init__(self, size: int, device: torch.device, layers: int = 1, home: deque[Slots] | None = None) -> None:
+        self._home = home
         self.index = torch.zeros(size, dtype=torch.int64, device=device)
         self.buffers: list[Tensor | None] = [None] * layers
         self.count = 0
@@ -332,6 +341,11 @@ class Slots:
         self._elsewhere: dict[torch.device, Tensor] = {}
         """Copies of the index for layers that a device map put on other devices."""
         self._current: set[torch.device] = set()
+
+    def give_back(self) -> None:
+        """The forward is over."""
+        if self._home is not None:
+            self._home.append(self)
 
     def plan(self, index: Tensor) -> None:
         """Write which rows will be gathered; row 0, harmless, fills the rest."""
@@ -373,3 +387,29 @@ class Slots:
             index.copy_(self.index, non_blocking=True)
             self._current.add(device)
         return index
+
+
+class SlotPool:
+    """The slots of all forwards in flight, made when they are needed and used again.
+
+    Args:
+        size: rows of each.
+        device: of the residual stream.
+        layers: how many are read.
+    """
+
+    def __init__(self, size: int, device: torch.device, layers: int) -> None:
+        self._size, self._device, self._layers = size, device, layers
+        self._free: deque[Slots] = deque()
+        self._made = 0
+
+    def take(self) -> Slots | None:
+        """Free slots; None with that many forwards in flight."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            pass
+        if self._made >= _MAX_IN_FLIGHT:
+            return None
+        self._made += 1
+        return Slots(self._size, self._device, self._layers, self._free)

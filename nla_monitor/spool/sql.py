@@ -19,6 +19,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, exists, func, insert, or_, select, update
 
+from nla_monitor.breathing import breathe
 from nla_monitor.errors import ActivationError
 from nla_monitor.records import ActivationSample
 from nla_monitor.spool.base import Depth, Lease
@@ -28,6 +29,8 @@ from nla_monitor.store.engine import read, write
 from nla_monitor.store.models import FailureRow, SampleRow, SpoolRow, table
 
 _SAMPLES = table(SampleRow)
+_PIECE = 16
+"""Rows of one statement: a driver takes them in without handing the interpreter to anybody."""
 
 
 class SqlSpool:
@@ -63,12 +66,20 @@ class SqlSpool:
         """
         if not samples:
             return 0
-        rows = [sample_row(sample) for sample in samples]
+        rows = []
+        for sample in samples:
+            rows.append(sample_row(sample))
+            breathe()
         now = self._clock()
+        fresh: set[str] = set()
         with write(self._engine) as connection:
-            fresh = _insert_samples(connection, rows)
+            for start in range(0, len(rows), _PIECE):
+                fresh |= _insert_samples(connection, rows[start : start + _PIECE])
+                breathe()
             queued = [one for one in samples if one.sample_id in fresh and one.layer not in unread]
-            insert_new(connection, SpoolRow, [self._waiting(one, now) for one in queued])
+            for start in range(0, len(queued), _PIECE):
+                insert_new(connection, SpoolRow, [self._waiting(one, now) for one in queued[start : start + _PIECE]])
+                breathe()
         return len(fresh)
 
     def _waiting(self, sample: ActivationSample, now: float) -> dict[str, Any]:

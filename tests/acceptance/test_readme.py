@@ -12,16 +12,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from nla_monitor import Monitor
 from nla_monitor.config import load_config
+from nla_monitor.organism import load_target
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TOOLS = Path(sys.executable).parent
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+CAPTURE_GUIDE = (ROOT / "nla_monitor" / "capture" / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,14 @@ def test_config_block_is_valid(workplace: Path) -> None:
     config = load_config(file)
     assert config.alerts.stop_on == "critical"
     assert config.capture.triggers == ("\n",)
+
+
+@pytest.mark.parametrize("block", blocks("yaml", CAPTURE_GUIDE))
+def test_configs_of_the_capture_guide_are_valid(block: str, tmp_path: Path) -> None:
+    """They load, and a monitor with them attaches."""
+    model, tokenizer = load_target("planted")
+    with Monitor(yaml.safe_load(block), database=str(tmp_path / "m.db"), worker="external") as monitor:
+        assert monitor.attach(model, tokenizer).capture is not None
 
 
 def test_links_lead_somewhere() -> None:

@@ -62,7 +62,8 @@ def measure(options: Options) -> dict[str, Any]:
         setting = Setting(SIZES[options.size], Path(folder), options.device, options.precision, options.backend)
         with arms_of(names, setting) as arms:
             parameters = sum(one.numel() for one in arms[0].model.parameters())
-            records = alternate(arms, options.warm_up + options.steps, options.warm_up)
+            label = f"{options.precision}, {options.backend or 'eager'}"
+            records = alternate(arms, options.warm_up + options.steps, options.warm_up, label=label)
             rows = {arm.name: {**_row(arm, records, options.warm_up), **arm.facts()} for arm in arms}
     rows.update({name: {"skipped": reason} for name, reason in reasons.items() if reason is not None})
     rows.update(_elsewhere(options, [name for name in reasons if reasons[name] is not None]))

@@ -44,6 +44,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(vocab=256, width=64, inner=96, blocks=3, heads=4, batch=4, length=16),
+    "thin": Size(vocab=512, width=64, inner=96, blocks=12, heads=8, batch=4, length=64),
     "50m": Size(vocab=16_384, width=512, inner=1536, blocks=12, heads=8, batch=4, length=64),
     "1b": Size(vocab=32_000, width=2048, inner=5632, blocks=22, heads=16, batch=8, length=512),
 }

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from tests.benchmarks.capture_arms import Arm
@@ -40,14 +42,16 @@ class Record:
     """Waits of the host for the device within one step; None where there is no such device."""
 
 
-def alternate(arms: Sequence[Arm], steps: int, warm_up: int, seed: int = 0) -> dict[str, Record]:
+def alternate(
+    arms: Sequence[Arm], steps: int, warm_up: int, seed: int = 0, label: str = "steps of all arms"
+) -> dict[str, Record]:
     """All arms take step 0, then all step 1, and so on, each time in another (seeded) order; the rest waits.
 
     A change of the machine's load so meets all of them, and no arm always follows the same other.
     """
     records = {arm.name: Record() for arm in arms}
     shuffle = random.Random(seed)
-    for number in range(steps):
+    for number in track(range(steps), label, console=Console(stderr=True)):
         for arm in shuffle.sample(list(arms), len(arms)):
             _step(arm, records[arm.name], number, warm=number >= warm_up)
             if number in {warm_up, steps - 1}:

@@ -172,7 +172,7 @@ def test_model_that_is_not_the_one_that_runs_is_reported() -> None:
         problem = captured.capture.check_fired()
         assert problem is not None
         assert "captured 0 of 1 expected forwards at layer 1" in problem
-        assert "attach before" in problem
+        assert "attach first, or call torch._dynamo.reset()" in problem
 
 
 def test_forward_without_token_ids_is_counted_and_reported() -> None:

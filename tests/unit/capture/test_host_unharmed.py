@@ -9,7 +9,7 @@ import pytest
 import torch
 from capture_kit import Captured, capturing, make_model, token_batch
 
-from nla_monitor.capture import assembly, capture, planning, sampling, staging, tap
+from nla_monitor.capture import assembly, budget, capture, held, planning, sampling, staging, tap
 from nla_monitor.capture.session import SessionRegistry
 from nla_monitor.records import ActivationSample, AgentContext
 
@@ -24,21 +24,36 @@ def _fail(*_: object, **__: object) -> Any:
     raise _InjectedError("injected")
 
 
-# Where it breaks, and where the guard counts it.
-FAULTS = [
+# Where it breaks, and where the guard counts it: on the way of every forward,
+ANYWHERE = [
     (capture.Capture, "begin", "capture.plan"),
     (capture.Capture, "tap", "capture.tap"),
     (capture.Capture, "end", "capture.stage"),
     (tap._BeginHook, "bind", "capture.plan"),
+    (staging.Stager, "put_nowait", "capture.stage"),
+    (assembly.Assembler, "build", "capture.build"),
+    (assembly.TokenText, "decode", "capture.build"),
+]
+# where a CPU's rows are held and chosen from later,
+HELD = [
+    *ANYWHERE,
+    (budget.Pace, "train", "capture.plan"),
+    (held.Inputs, "copied", "capture.plan"),
+    (held.HeldRows, "gather", "capture.tap"),
+    (held.HeldJob, "count", "capture.stage"),
+    (sampling, "choose", "capture.build"),
+    (sampling, "real_tokens", "capture.build"),
+    (held.HeldRows, "rows", "capture.build"),
+]
+# and where they are chosen from at once, as on a GPU.
+AT_ONCE = [
+    *ANYWHERE,
     (sampling, "choose", "capture.plan"),
     (sampling, "real_tokens", "capture.plan"),
     (tap.Slots, "plan", "capture.plan"),
     (tap.Slots, "gather", "capture.tap"),
     (planning, "to_host", "capture.stage"),
-    (staging.Stager, "put_nowait", "capture.stage"),
     (assembly.Job, "count", "capture.stage"),
-    (assembly.Assembler, "build", "capture.build"),
-    (assembly.TokenText, "decode", "capture.build"),
 ]
 
 
@@ -70,11 +85,29 @@ def plain() -> list[torch.Tensor]:
     return _losses(make_model())
 
 
+@pytest.fixture
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is small enough to be held."""
+    monkeypatch.setattr(planning, "MOST_TOKENS", -1)
+
+
 @pytest.mark.usefixtures("_production")
-@pytest.mark.parametrize(("owner", "name", "where"), FAULTS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(("owner", "name", "where"), HELD, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_a_fault_anywhere_leaves_the_losses_bitwise_equal(
     owner: Any, name: str, where: str, plain: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    _break(owner, name, where, plain, monkeypatch)
+
+
+@pytest.mark.usefixtures("_production", "_at_once")
+@pytest.mark.parametrize(("owner", "name", "where"), AT_ONCE, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_so_does_one_where_rows_are_chosen_at_once(
+    owner: Any, name: str, where: str, plain: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _break(owner, name, where, plain, monkeypatch)
+
+
+def _break(owner: Any, name: str, where: str, plain: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     with capturing(model) as captured:
         with monkeypatch.context() as broken:
@@ -126,9 +159,9 @@ def test_generation_goes_on_when_matching_fails(monkeypatch: pytest.MonkeyPatch)
         assert captured.guard.faults["capture.plan"] >= 8
 
 
-@pytest.mark.usefixtures("_production")
+@pytest.mark.usefixtures("_production", "_at_once")
 def test_more_forwards_in_flight_than_slots_are_dropped_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "_MAX_IN_FLIGHT", 0)
+    monkeypatch.setattr(tap, "_MAX_IN_FLIGHT", 0)
     model = make_model()
     with capturing(model) as captured, torch.no_grad():
         model(token_batch(1))
