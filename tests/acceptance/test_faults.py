@@ -22,7 +22,7 @@ from sqlalchemy import exc
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nla_monitor import Monitor
-from nla_monitor.capture import assembly, capture, planning, sampling, staging, tap
+from nla_monitor.capture import assembly, capture, held, planning, sampling, staging, tap
 from nla_monitor.spool import sql
 from nla_monitor.supervisor import MAX_RESTARTS
 from tests.benchmarks.capture_arms import write_sidecar
@@ -34,14 +34,18 @@ CALM_STEPS = 5
 JUMP_SECONDS = 1e6
 
 HOST = ("capture.plan", "capture.tap", "capture.stage")
+CHOICE = "choice"
+"""In the host's thread where a forward is chosen from at once, in ours where its rows are held."""
 # Where it breaks, where the guard must count it, and how often in a hundred calls.
 PLACES: tuple[tuple[Any, str, str, int], ...] = (
     (tap._BeginHook, "bind", "capture.plan", 40),
     (capture.Capture, "begin", "capture.plan", 40),
-    (sampling, "choose", "capture.plan", 10),
+    (sampling, "choose", CHOICE, 10),
     (tap.Slots, "plan", "capture.plan", 10),
+    (held.Inputs, "copied", "capture.plan", 10),
     (capture.Capture, "tap", "capture.tap", 20),
     (tap.Slots, "gather", "capture.tap", 10),
+    (held.HeldRows, "gather", "capture.tap", 10),
     (capture.Capture, "end", "capture.stage", 40),
     (planning, "to_host", "capture.stage", 10),
     (staging.Stager, "put_nowait", "capture.stage", 10),
@@ -87,8 +91,10 @@ class Saboteur:
         @functools.wraps(inner)
         def broken(*args: Any, **kwargs: Any) -> Any:
             if self.sometimes(chance):
+                host = threading.current_thread() is threading.main_thread()
+                place = ("capture.plan" if host else "capture.build") if where == CHOICE else where
                 with self._lock:
-                    self.injected[where] += 1
+                    self.injected[place] += 1
                 raise error()
             return inner(*args, **kwargs)
 
