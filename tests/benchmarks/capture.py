@@ -9,7 +9,8 @@ arms take turns step by step, in random order; each ratio is paired with the ste
     python -m tests.benchmarks.capture --json --instructions                    # and instructions (valgrind; slow)
     python -m tests.benchmarks.capture --json --device cuda --size 1b --dtype bf16 --compile
 
-Ratios are ``p50`` (with a bootstrap interval) and ``p99`` of: ``overhead_ratio``, seconds; ``cpu_ratio``, CPU time of
+Figures are ``p50`` (with a bootstrap interval) and ``p99`` of: ``overhead_ratio``, seconds; ``extra_ms``, their paired
+difference (``fine``: over a model so thin that noise does not hide it); ``cpu_ratio``, CPU time of
 the process during the step; ``cpu_ratio_with_background``, also that of finishing the background work afterwards. Peers
 (nnsight, TransformerLens) may live in another interpreter, ``--peer-python``, and are then compared with a run without
 capture in that interpreter; one that is not installed is ``skipped``.
@@ -25,13 +26,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.benchmarks.capture_arms import ARMS, MONITOR, PEERS, PRECISIONS, SIZES, Arm, Setting, unavailable
+from tests.benchmarks.capture_arms import ARMS, HOST, MONITOR, PEERS, PRECISIONS, SIZES, Arm, Setting, unavailable
 from tests.benchmarks.capture_instructions import count_instructions
 from tests.benchmarks.capture_timing import Record, alternate, compare
 
@@ -50,8 +51,9 @@ class Options:
     backend: str | None = None
     steps: int = 60
     warm_up: int = 3
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = tuple(name for name in ARMS if name != HOST)
     peer_python: str | None = None
+    fine_steps: int = 0
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def measure(options: Options) -> dict[str, Any]:
         "step_seconds": sorted(plain.wall[options.warm_up :])[options.steps // 2],
         "noise": rows.get("plain_again"),
         "monitor": {name: rows[name] for name in MONITOR if name in rows},
+        HOST: rows.get(HOST),
         "peers": {name: rows[name] for name in PEERS if name in rows},
         "transformer_lens_own_forward": rows.get("transformer_lens_plain"),
         **_verdict(rows),
@@ -138,6 +141,23 @@ def _elsewhere(options: Options, missing: Sequence[str]) -> dict[str, Any]:
     return {name: {**rows[name], "interpreter": options.peer_python} for name in wanted if rows.get(name) is not None}
 
 
+def fine(options: Options, step_seconds: float) -> dict[str, Any]:
+    """What a step costs more in milliseconds, over a thin model with as many blocks and the same batch.
+
+    The work of a hook does not grow with the model's width, but what a machine's noise hides does: a thin model shows
+    it. ``ratio``: what the milliseconds are to a step of the model that was asked for. More than there: while the
+    thin model's operations are short, work beside them is met by more of them. ``default_host`` is without that work.
+    """
+    arms = (*options.arms, HOST)
+    found = measure(replace(options, size="thin", steps=options.fine_steps, peer_python=None, arms=arms))
+    rows = {"noise": found["noise"], **found["monitor"], HOST: found[HOST], **found["peers"]}
+    measured = {name: row["extra_ms"] for name, row in rows.items() if row is not None and "extra_ms" in row}
+    return {
+        name: {"extra_ms": extra, "ratio": round(1 + extra["p50"] / (1000 * step_seconds), 5)}
+        for name, extra in measured.items()
+    }
+
+
 def check_compiled(device: str, backend: str) -> dict[str, Any]:
     """A small model under ``torch.compile``: recompilations, graph breaks and equality of bits, without timings."""
     with tempfile.TemporaryDirectory() as folder:
@@ -162,25 +182,30 @@ def judge(found: dict[str, Any], device: str) -> dict[str, Any]:
             "below_every_peer": bool(peers) and all(own["p50"] < row[kind]["p50"] for row in peers),
         }
 
-    return {"limits": bar, "seconds": verdict("overhead_ratio"), "cpu": verdict("cpu_ratio")}
+    found_fine = {"fine": _finely(found["fine"], bar["p50"])} if "fine" in found else {}
+    return {"limits": bar, "seconds": verdict("overhead_ratio"), "cpu": verdict("cpu_ratio"), **found_fine}
+
+
+def _finely(rows: dict[str, Any], limit: float) -> dict[str, Any]:
+    """The verdict by the thin model: the bar with all that runs beside, peers against the host's thread alone.
+
+    ``below`` and ``above`` name peers whose whole interval lies on the other side of ours.
+    """
+    own, peers = rows[HOST], [name for name in PEERS if name in rows]
+    return {
+        "p50_met": rows["default"]["ratio"] <= limit,
+        "below": [name for name in peers if own["extra_ms"]["p50_ci95"][1] < rows[name]["extra_ms"]["p50_ci95"][0]],
+        "above": [name for name in peers if own["extra_ms"]["p50_ci95"][0] > rows[name]["extra_ms"]["p50_ci95"][1]],
+    }
 
 
 def run(options: Options, configurations: Sequence[tuple[str, str | None]], *, check: bool) -> dict[str, Any]:
     """Every configuration; the first one's figures stand at the top."""
     results = []
     for precision, backend in configurations:
-        found = measure(
-            Options(
-                options.size,
-                options.device,
-                precision,
-                backend,
-                options.steps,
-                options.warm_up,
-                options.arms,
-                options.peer_python,
-            )
-        )
+        found = measure(replace(options, precision=precision, backend=backend))
+        if options.size == "50m" and options.fine_steps:
+            found["fine"] = fine(replace(options, precision=precision, backend=backend), found["step_seconds"])
         results.append({**found, "bar": judge(found, options.device)})
         torch._dynamo.reset()
     checked = {"compiled_check": check_compiled(options.device, "aot_eager")} if check else {}
@@ -203,9 +228,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile with its default backend")
     parser.add_argument("--configurations", choices=["one", "all"], default="one", help="all: fp32, bf16; compiled")
     parser.add_argument("--steps", type=int, default=60, help="measured steps of each arm")
+    parser.add_argument("--fine-steps", type=int, default=150, help="steps of the thin model (0: without it)")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="torch CPU threads")
-    parser.add_argument("--arms", default=",".join(ARMS), help="which arms, separated by commas")
+    parser.add_argument(
+        "--arms", default=",".join(name for name in ARMS if name != HOST), help="which arms, separated by commas"
+    )
     parser.add_argument("--peer-python", default=os.environ.get("CAPTURE_PEER_PYTHON"))
     parser.add_argument("--no-check", action="store_true", help="without the small compiled check")
     parser.add_argument("--instructions", action="store_true", help="count instructions, too (callgrind; many minutes)")
@@ -229,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warm_up=options.warm_up,
         arms=tuple(options.arms.split(",")),
         peer_python=options.peer_python,
+        fine_steps=options.fine_steps,
     )
     found = run(wanted, configurations, check=not options.no_check)
     if options.instructions:

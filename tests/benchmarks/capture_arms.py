@@ -214,7 +214,7 @@ class Monitored(Arm):
                 "database": f"sqlite:///{setting.folder / self.name}.db",
                 "nla": {"av": str(setting.sidecar), "ar": None},
                 "worker": {"mode": "external"},
-                "capture": captures(setting.size)[self.name],
+                "capture": captures(setting.size).get(self.name, {}),
             }
         )
         model = setting.model()
@@ -242,6 +242,22 @@ class Monitored(Arm):
 
     def close(self) -> None:
         self.monitor.close(FLUSH_SECONDS)
+
+
+class MonitoredHost(Monitored):
+    """The monitor's default with its background work put off until the step is over: the host's thread alone.
+
+    That is what a peer's figure holds: peers build no records and write nothing.
+    """
+
+    def build(self) -> nn.Module:
+        model = super().build()
+        capture = self.monitor.capture
+        if capture is None:
+            raise RuntimeError("the monitor is attached to nothing")
+        stager, due = capture._stager, capture._stager._due
+        stager._due = lambda: stager._urgent > 0 and due()
+        return model
 
 
 class _Peer(Arm):
@@ -333,11 +349,13 @@ class TransformerLensPlain(_Bridge):
 
 
 MONITOR = ("default", "one_percent", "all_tokens")
+HOST = "default_host"
 PEERS = ("output_hidden_states", "nnsight", "transformer_lens")
 ARMS: Mapping[str, type[Arm]] = {
     "plain": Arm,
     "plain_again": Arm,
     **dict.fromkeys(MONITOR, Monitored),
+    HOST: MonitoredHost,
     "output_hidden_states": OutputHiddenStates,
     "nnsight": Nnsight,
     "transformer_lens": TransformerLens,

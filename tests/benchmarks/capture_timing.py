@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -122,12 +123,20 @@ def count_syncs(arm: Arm, number: int) -> int:
 
 def ratio(left: Sequence[float], right: Sequence[float]) -> dict[str, float | list[float]]:
     """Paired ratios ``left / right``: p50 with its 95 % bootstrap interval (percentiles, pairs resampled), p99."""
-    ratios = np.asarray(left) / np.asarray(right)
-    drawn = np.random.default_rng(0).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[drawn], axis=1), [2.5, 97.5])
+    return _summary(np.asarray(left) / np.asarray(right))
+
+
+def extra_ms(left: Sequence[float], right: Sequence[float]) -> dict[str, float | list[float]]:
+    """Paired differences ``left - right`` of seconds, in milliseconds; summarized as ``ratio`` does."""
+    return _summary(1000 * (np.asarray(left) - np.asarray(right)))
+
+
+def _summary(values: npt.NDArray[np.float64]) -> dict[str, float | list[float]]:
+    drawn = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
     return {
-        "p50": round(float(np.median(ratios)), 5),
-        "p99": round(float(np.percentile(ratios, 99)), 5),
+        "p50": round(float(np.median(values)), 5),
+        "p99": round(float(np.percentile(values, 99)), 5),
         "p50_ci95": [round(float(low), 5), round(float(high), 5)],
     }
 
@@ -138,6 +147,7 @@ def compare(record: Record, baseline: Record, warm_up: int) -> dict[str, Any]:
     whole = [step + rest for step, rest in zip(record.cpu[own], record.background[own], strict=True)]
     return {
         "overhead_ratio": ratio(record.wall[own], baseline.wall[own]),
+        "extra_ms": extra_ms(record.wall[own], baseline.wall[own]),
         "cpu_ratio": ratio(record.cpu[own], base),
         "cpu_ratio_with_background": ratio(whole, base),
         "recompiles": record.recompiles,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nla_monitor.capture import policy as kinds
 from nla_monitor.capture import sampling
-from nla_monitor.capture.keys import hash_of, hex_of, mix, mix_int
+from nla_monitor.capture.keys import hash_of, hex_of, mix, mix_int, mix_tensor
 from nla_monitor.capture.policy import build_policy, whole
 from nla_monitor.capture.sampling import choose, real_tokens
 from nla_monitor.config import CaptureConfig
@@ -69,7 +69,7 @@ def test_identity_is_the_hash_of_the_unpadded_tokens(batch: Sequences) -> None:
 @given(st.integers(-(2**63), 2**63 - 1))
 @settings(deadline=None)
 def test_mixer_is_the_same_for_tensors_and_integers(value: int) -> None:
-    assert int(mix(torch.tensor(value))) == mix_int(value)
+    assert int(mix(torch.tensor(value))) == int(mix_tensor(torch.tensor(value))) == mix_int(value)
 
 
 @given(rows=st.lists(_words, min_size=2, max_size=40, unique_by=tuple))
