@@ -86,6 +86,26 @@ def test_dpo_reads_the_reference_if_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_dpo_reads_a_reference_model_of_its_own_if_given(tmp_path: Path) -> None:
+    """Policy and reference see the same sequences at the same positions; the first update finds the same vectors."""
+    losses, weights, _ = dpo(tmp_path / "bare", adapter=False)
+    watch = kit.callback(tmp_path)
+    watched_losses, watched_weights, _ = dpo(tmp_path, [watch], adapter=False, read_reference=True)
+    assert watched_losses == losses
+    kit.assert_same_bits(watched_weights, weights)
+    samples = kit.stored(watch.monitor)
+    counts = Counter(sample.model for sample in samples)
+    assert counts["reference"] == counts[None] == kit.STEPS * 2 * 2 * kit.BATCH
+    first = [sample for sample in samples if sample.step == 1]
+    places = {model: {(one.sequence_id, one.position) for one in first if one.model == model} for model in counts}
+    assert places["reference"] == places[None]
+    norms = {
+        model: {(one.sequence_id, one.position): one.norm for one in first if one.model == model} for model in counts
+    }
+    assert norms["reference"] == pytest.approx(norms[None], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_grpo_joins_rollouts_rewards_and_readings(tmp_path: Path) -> None:
     """One pass over prompt + completion is read; its samples carry the reward; the table carries their id."""
     losses, weights, _ = grpo(tmp_path / "bare")
@@ -162,9 +182,11 @@ def preferences(tokenizer: Any) -> list[dict[str, str]]:
 
 
 def dpo(
-    folder: Path, callbacks: Sequence[NLAMonitorCallback] = (), *, adapter: bool
+    folder: Path, callbacks: Sequence[NLAMonitorCallback] = (), *, adapter: bool, read_reference: bool = False
 ) -> tuple[list[float], dict[str, torch.Tensor], Any]:
     reference, _ = kit.fresh_model()
+    if read_reference:
+        callbacks[0].reference = reference
     model, tokenizer = kit.fresh_model()
     losses = kit.Losses()
     trainer = trl.DPOTrainer(

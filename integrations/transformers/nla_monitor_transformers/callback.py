@@ -41,7 +41,9 @@ class NLAMonitorCallback(TrainerCallback):
         config: YAML file, mapping, ``MonitorConfig``, or a ``Monitor`` made before (the caller then closes it).
         close_timeout: seconds to wait at the end of training until everything sampled is read.
         forwards: which are read: ``update``, ``eval``; and, where a trainer makes them, ``rollout`` (the
-            prompts of generations), ``score`` and ``reference``.
+            prompts of generations), ``score`` and ``reference`` (the model with its adapter off).
+        reference: a reference model of its own (``ref_model`` of DPO), to be read beside; its samples carry ``model``
+            ``reference``.
         overrides: see ``Monitor``.
 
     Raises:
@@ -54,6 +56,7 @@ class NLAMonitorCallback(TrainerCallback):
         *,
         close_timeout: float = 120.0,
         forwards: Collection[str] = READ,
+        reference: Any = None,
         **overrides: Any,
     ) -> None:
         self._owned = not isinstance(config, Monitor)
@@ -62,6 +65,8 @@ class NLAMonitorCallback(TrainerCallback):
         self.monitor = self._make()
         self.processing_class: Any = None
         """The trainer's tokenizer or processor, once training has begun."""
+        self.reference = reference
+        """May also be set until training begins."""
         self._read = forwards
         self._forwards = Forwards(forwards, self.monitor.annotations)
         self._trackers: Trackers | None = None
@@ -91,6 +96,9 @@ class NLAMonitorCallback(TrainerCallback):
             self.processing_class = kwargs.get("processing_class")
             self.monitor.attach(model, self.processing_class)
             _watched.add(model)
+            if self.reference is not None:
+                with self.monitor.guard("callback.reference"):  # the policy is read all the same
+                    self.monitor.attach(self.reference, name="reference")
             self._active, self._checked = True, False
             self._stop = StopAgreement(self.monitor)
             self._label(model, args)
