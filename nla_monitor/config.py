@@ -9,13 +9,18 @@ import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from nla_monitor.errors import ConfigError
 from nla_monitor.records import Phase, Severity
 
+Dialect = Literal["auto", "replace", "add", "depth", "oracle"]
+HTTP_ENGINES = ("vllm", "sglang")
+"""Engines that are servers of their own."""
 WorkerMode = Literal["process", "thread", "external"]
 Positions = Literal["prompt", "completion", "all"]
 RoleTrigger = Literal["turn_end", "assistant", "tool_result"]
@@ -23,6 +28,20 @@ RoleTrigger = Literal["turn_end", "assistant", "tool_result"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _checked_url(value: str) -> str:
+    """An http(s) URL with a host and nothing secret in it (configs are stored and shown), without a final slash."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("must be an http:// or https:// URL with a host")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise PydanticCustomError("secret", "must hold no user, password or query; use api_key_env")
+    return value.rstrip("/")
 
 
 class NLAConfig(_Section):
@@ -33,9 +52,53 @@ class NLAConfig(_Section):
     revision: str | None = Field(None, description="Pinned hub revision")
     device: str = Field("cpu", description="torch device of the worker: cpu, cuda, cuda:1")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dialect: Dialect = Field(
+        "auto",
+        description="how the AV takes a vector. replace: the marker's embedding row; add: norm-matched after block 1; "
+        "depth: replace, with the layer's depth in the prompt; oracle: norm-matched at placeholders, answers question",
+    )
+    layer: int | None = Field(None, ge=0, description="K, for an AV that reads any layer; default: the sidecar's")
+    question: str | None = Field(None, min_length=1, description="oracle: what is asked about each activation")
+    placeholders: int = Field(1, ge=1, le=64, description="oracle: how many placeholders take the activation")
+    base: str | None = Field(None, description="Base model of LoRA adapters; default: the one that the adapter names")
+    merge_adapter: bool = Field(default=True, description="add LoRA weights to the base once; not with 4-bit weights")
+    quantization: Literal["none", "4bit"] = Field("none", description="4bit: NF4 through bitsandbytes, on a GPU")
     batch_size: int = Field(64, ge=1, le=4096)
     max_new_tokens: int = Field(200, ge=1, le=4096)
     threads: int | None = Field(None, ge=1, description="torch CPU threads of the worker; default 1 on CPU")
+    denominator: str = Field(
+        "training",
+        description="what FVEs are divided by: training (the checkpoint's own), or a file of nla-monitor denominator",
+    )
+    engine: str = Field(
+        "transformers",
+        pattern=r"^[A-Za-z0-9][\w.-]*$",
+        description="what runs the AV: transformers (in process), vllm or sglang (servers), or the name of a plug-in",
+    )
+    url: str | None = Field(None, description="vllm, sglang: base URL of the server, such as http://localhost:8000")
+    served_model: str | None = Field(None, description="vllm: name of the AV there; default: the only one it serves")
+    api_key_env: str | None = Field(
+        None, pattern=r"^[A-Za-z_]\w*$", description="environment variable that holds the server's API key"
+    )
+    concurrency: int = Field(64, ge=1, le=1024, description="requests to the server under way at a time")
+    timeout_seconds: float = Field(120.0, gt=0, le=3600, description="silence after which a request counts as failed")
+    retries: int = Field(4, ge=0, le=20, description="further attempts of a request that failed in a way that may pass")
+    options: Mapping[str, str | int | float | bool | None] = Field(
+        default_factory=dict, description="for a plug-in, whatever it understands; stored with the run, so no secrets"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _plain_url(cls, value: str | None) -> str | None:
+        return None if value is None else _checked_url(value)
+
+    @model_validator(mode="after")
+    def _servers_have_a_url(self) -> NLAConfig:
+        if self.engine in HTTP_ENGINES and self.url is None:
+            raise ValueError(f"engine {self.engine!r} needs a url, such as http://localhost:8000")
+        if self.engine == "transformers" and self.url is not None:
+            raise ValueError("a url is given, but engine is 'transformers', which asks no server; set engine: vllm")
+        return self
 
 
 class BurstConfig(_Section):
@@ -227,7 +290,7 @@ def load_config(source: str | Path | Mapping[str, Any] | MonitorConfig | None = 
     return _absolute_paths(_validate(_read_yaml(path), str(path)), path.resolve().parent)
 
 
-_NLA_KEYS = ("av", "ar", "device", "revision", "batch_size")
+_NLA_KEYS = ("av", "ar", "device", "revision", "batch_size", "engine", "url", "dialect", "question", "base")
 
 
 def overridden(config: MonitorConfig, overrides: Mapping[str, Any]) -> MonitorConfig:
@@ -280,6 +343,8 @@ def _validate(data: dict[str, Any], where: str) -> MonitorConfig:
 
 def _explain(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "secret":
+        return f"{key}: {item['msg']}"
     if item["type"] != "extra_forbidden":
         return f"{key} = {item['input']!r}: {item['msg']}"
     section: type[BaseModel] = MonitorConfig
@@ -302,9 +367,12 @@ def _absolute_paths(config: MonitorConfig, base: Path) -> MonitorConfig:
         candidate = base / value
         return str(candidate) if not Path(value).is_absolute() and candidate.exists() else value
 
-    nla = config.nla.model_copy(
-        update={"av": resolve(config.nla.av), "ar": resolve(config.nla.ar) if config.nla.ar else None}
-    )
+    places = {"av": resolve(config.nla.av)} | {
+        name: resolve(value) for name in ("ar", "base") if (value := getattr(config.nla, name))
+    }
+    if config.nla.denominator != "training":  # a folder of that name is not meant
+        places["denominator"] = resolve(config.nla.denominator)
+    nla = config.nla.model_copy(update=places)
     rules = tuple(resolve(rule) for rule in config.rules)
     screens = tuple(
         screen if screen.file is None else screen.model_copy(update={"file": resolve(screen.file)})

@@ -8,12 +8,21 @@
     │   ├── TokenizerContractError  the marker, its neighbours or the suffix do not tokenize as the sidecar says
     │   └── NonFiniteWeightsError   the value head or a weight holds NaN or Inf
     ├── ActivationError             a vector cannot be verbalized (NaN, Inf, zero, wrong width)
+    ├── VectorFileError             a file of activations or explanations cannot be read, written or gone on with
     ├── AttachError                 a tap cannot be put on the model (layer out of range, no block list, twice)
     ├── RuleError                   a rule is malformed (file, line, key) or its own tests fail
     ├── StoreError                  the database cannot be used
     │   ├── SchemaVersionError      its schema is older or newer than this package
     │   ├── ForeignDatabaseError    the file is no database of ours
     │   └── StoreUnavailableError   read-only, full, locked or unreachable (retryable)
+    ├── EngineError                 the server that runs the AV cannot be used
+    │   ├── EngineUnavailableError  down, overloaded or out of order (retryable: nothing is lost meanwhile)
+    │   ├── EngineRefusedError      it refuses requests: no access, unknown model, wrong width, context too short
+    │   ├── EmbedsDisabledError     it was started without support for embeddings
+    │   ├── EmbedsIgnoredError      what it writes does not depend on the embeddings
+    │   ├── PrefixCacheError        it answers for the embeddings of another request
+    │   ├── PromptChangedError      it adds to the prompt (a chat template, a BOS)
+    │   └── ServedModelError        the model that it serves is another than the AV checkpoint
     └── WorkerError                 the worker could not be started or died
 
 Raised where a person calls us (construction, CLI, attach). Once a run is under way nothing here reaches the host:
@@ -61,6 +70,10 @@ class ActivationError(NLAMonitorError, ValueError):
     """A vector cannot be verbalized: NaN, Inf, zero norm or the wrong width."""
 
 
+class VectorFileError(NLAMonitorError):
+    """A file of activations, explanations or denominators cannot be read, written or gone on with."""
+
+
 class AttachError(NLAMonitorError):
     """A tap cannot be put on the model."""
 
@@ -94,6 +107,38 @@ class ForeignDatabaseError(StoreError):
 
 class StoreUnavailableError(StoreError):
     """The database is read-only, full, locked or unreachable; trying again later may work."""
+
+
+class EngineError(NLAMonitorError):
+    """The server that runs the AV cannot be used as it is."""
+
+
+class EngineUnavailableError(EngineError):
+    """The server is down, overloaded or out of order; trying again later may work."""
+
+
+class EngineRefusedError(EngineError):
+    """The server refuses requests: no access, unknown model, wrong width, context too short."""
+
+
+class EmbedsDisabledError(EngineError):
+    """The server was started without support for embeddings."""
+
+
+class EmbedsIgnoredError(EngineError):
+    """What the server writes does not depend on the embeddings that it is sent."""
+
+
+class PrefixCacheError(EngineError):
+    """The server answers for the embeddings of another request: its cache does not tell them apart."""
+
+
+class PromptChangedError(EngineError):
+    """The server adds to the prompt: a chat template for the second time, or a BOS."""
+
+
+class ServedModelError(EngineError):
+    """The model that the server runs is another than the AV checkpoint."""
 
 
 class WorkerError(NLAMonitorError):

@@ -96,9 +96,9 @@ class Monitor:
         self.guard = Guard(on_fault=self.telemetry.fault)
         self.tokenizer: Any = None
         nla = self.config.nla
-        self._sidecar = load_sidecar(resolve(nla.av), "av", revision=nla.revision)
+        self._sidecar = load_sidecar(resolve(nla.av), "av", revision=nla.revision, config=nla)
         if nla.ar is not None:
-            check_pair(self._sidecar, load_sidecar(resolve(nla.ar), "ar", revision=nla.revision))
+            check_pair(self._sidecar, load_sidecar(resolve(nla.ar), "ar", revision=nla.revision, config=nla))
         self._layers = layers_of(self.config.capture, self._sidecar.layer)
         screens_of(self.config.capture)
         alerts = self.config.alerts

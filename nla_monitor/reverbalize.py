@@ -10,6 +10,7 @@ from sqlalchemy import Engine
 
 from nla_monitor.errors import ConfigError
 from nla_monitor.nla.base import Reconstructor, Verbalizer
+from nla_monitor.nla.domains import Denominators
 from nla_monitor.nla.fidelity import record_of
 from nla_monitor.nla.injection import bad_rows
 from nla_monitor.records import Explanation, Reading
@@ -33,6 +34,7 @@ def reverbalize(
     run_ids: Sequence[str],
     *,
     batch: int = 64,
+    denominators: Denominators | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reread:
     """Read the vectors of runs by this NLA. Each batch is kept at once: stopped at any time, the next call goes on.
@@ -45,6 +47,7 @@ def reverbalize(
         reconstructor: the AR; None leaves the readings without fidelity.
         run_ids: these runs.
         batch: vectors at a time.
+        denominators: in place of the AR's own.
         progress: told, after each batch, how many vectors are done and how many there are.
 
     Raises:
@@ -72,17 +75,24 @@ def reverbalize(
         bad = bad_rows((reading.sample.vector for reading in found), verbalizer.d_model)
         good = [reading for row, reading in enumerate(found) if row not in bad]
         if good:
-            add_rereadings(engine, _read(good, verbalizer, reconstructor))
+            add_rereadings(engine, _read(good, verbalizer, reconstructor, denominators))
         done, unreadable = done + len(good), unreadable + len(bad)
         if progress is not None:
             progress(done + unreadable, total)
     return Reread(done, unreadable)
 
 
-def _read(readings: Sequence[Reading], verbalizer: Verbalizer, reconstructor: Reconstructor | None) -> list[Reading]:
+def _read(
+    readings: Sequence[Reading],
+    verbalizer: Verbalizer,
+    reconstructor: Reconstructor | None,
+    denominators: Denominators | None,
+) -> list[Reading]:
     vectors = np.stack([reading.sample.vector for reading in readings])
     texts = verbalizer.verbalize(vectors)
     scores = reconstructor.score(vectors, [text.text for text in texts]) if reconstructor is not None else None
+    if scores is not None and denominators is not None:
+        scores = denominators.rescored_samples(scores, [reading.sample for reading in readings])
     found = []
     for number, (reading, text) in enumerate(zip(readings, texts, strict=True)):
         key = reading.sample_id

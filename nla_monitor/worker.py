@@ -27,10 +27,19 @@ from nla_monitor.baseline import LiveGuarantees
 from nla_monitor.calibrate import Guarantees, RunWatch, Voided
 from nla_monitor.config import MonitorConfig
 from nla_monitor.controls import Controls
-from nla_monitor.errors import ConfigError, ForeignDatabaseError, SchemaVersionError, StoreUnavailableError
+from nla_monitor.errors import (
+    ConfigError,
+    EngineError,
+    EngineUnavailableError,
+    ForeignDatabaseError,
+    SchemaVersionError,
+    StoreUnavailableError,
+)
 from nla_monitor.evidence import AWAITED, awaiting, best_shown, collect_evidence, completed, recurred
-from nla_monitor.nla import load_reconstructor, load_verbalizer
-from nla_monitor.nla.base import Reconstructor, Verbalization, Verbalizer
+from nla_monitor.nla import load_reconstructor
+from nla_monitor.nla.base import PartialReadError, Reconstructor, Verbalization, Verbalizer
+from nla_monitor.nla.domains import denominators_for
+from nla_monitor.nla.engines import greet, open_verbalizer, release
 from nla_monitor.nla.fidelity import record_of
 from nla_monitor.nla.injection import bad_rows
 from nla_monitor.organism import resolve
@@ -129,14 +138,17 @@ class Worker:
         self.repository = Repository(engine)
         self.repository.save_rules((rule.header, rule.spec.source()) for rule in self.rules.rules)
         self.spool = SqlSpool(engine, max_attempts=config.worker.max_attempts)
-        self.verbalizer = verbalizer or load_verbalizer(resolve(config.nla.av), config.nla)
+        self._closes = verbalizer is None
+        self.verbalizer = verbalizer or open_verbalizer(resolve(config.nla.av), config.nla)
+        greet(self.verbalizer)
         self.reconstructor = reconstructor
         if reconstructor is None and verbalizer is None and config.nla.ar is not None:
             self.reconstructor = load_reconstructor(resolve(config.nla.ar), config.nla)
         if self.reconstructor is not None:
             check_pair(self.verbalizer, self.reconstructor)
-        self._unanswered = unanswered(self.rules.rules)
         layer = getattr(self.verbalizer, "layer", None)
+        self._denominators = denominators_for(config.nla.denominator, self.verbalizer.d_model, layer)
+        self._unanswered = unanswered(self.rules.rules)
         connect(self.rules.rules, SqlJudgements(engine), d_model=self.verbalizer.d_model, layer=layer)
         around = Surroundings(engine, self.verbalizer.content_hash)
         self.controls = Controls(self.rules, self.verbalizer, self.reconstructor, neighbourhood=around)
@@ -151,8 +163,9 @@ class Worker:
     def run(self, stop: threading.Event, drain_and_stop: threading.Event | None = None) -> None:
         """Work until ``stop`` is set, or until the spool is empty once ``drain_and_stop`` is set.
 
-        A database that is locked, full or away is waited for; nothing is lost, since nothing was acknowledged. Only a
-        worker whose host is gone (``drain_and_stop``) gives up on it in the end, and leaves the rest to the next one.
+        A database that is locked, full or away is waited for, and so is a server that runs the AV; nothing is lost,
+        since nothing was acknowledged. Only a worker whose host is gone (``drain_and_stop``) gives up on them in the
+        end, and leaves the rest to the next one.
         Any other fault costs its batch (leased again later); several in a row end the worker.
 
         Raises:
@@ -165,13 +178,14 @@ class Worker:
             try:
                 worked = self.run_once()
                 faults, away_since, pause = 0, 0.0, self.config.worker.poll_seconds
-            except StoreUnavailableError as error:
+            except (StoreUnavailableError, EngineError) as error:
+                who = "store" if isinstance(error, StoreUnavailableError) else "AV's server"
                 worked, away_since = 0, away_since or time.monotonic()
                 if finishing and time.monotonic() - away_since > _LAST_PATIENCE:
-                    logger.error("store unavailable for too long; what is left stays in it: %s", error)  # noqa: TRY400 -- no fault of ours
+                    logger.error("%s unavailable for too long; what is left stays in the spool: %s", who, error)  # noqa: TRY400 -- no fault of ours
                     return
                 pause = min(pause * 2, _LONGEST_PAUSE)
-                logger.warning("store unavailable, trying again in %.1f s: %s", pause, error)
+                logger.warning("%s unavailable, trying again in %.1f s: %s", who, pause, error)
             except (SchemaVersionError, ForeignDatabaseError):
                 raise
             except Exception:
@@ -201,6 +215,8 @@ class Worker:
 
         Raises:
             StoreUnavailableError: the database could not be written; the lease will expire and be taken again.
+            EngineError: the AV's server is away or cannot be used; the samples are back in the queue, and this does
+                not count as an attempt.
         """
         lease = self.spool.lease(self.owner, self.config.nla.batch_size, self.config.worker.lease_seconds)
         if not lease.samples:
@@ -208,7 +224,11 @@ class Worker:
             self._deliver()
             return 0
         batch = _Batch(self.owner, self._calibrated.current(), lease.samples)
-        self._read(batch)
+        try:
+            self._read(batch)
+        except EngineError:
+            self.spool.release(self.owner, [sample.sample_id for sample in lease.samples])
+            raise
         with self.telemetry.evaluate_span(batch.readings):
             self._match(batch)
             batch.supports = self.controls.check(batch.matches, {item.sample_id: item for item in batch.readings})
@@ -237,22 +257,47 @@ class Worker:
         if batch.readings:
             self.telemetry.verbalized(len(batch.readings), "ok", time.perf_counter() - started)
 
-    def _verbalize(self, batch: _Batch, samples: Sequence[ActivationSample], vectors: np.ndarray) -> None:
+    def _verbalize(
+        self,
+        batch: _Batch,
+        samples: Sequence[ActivationSample],
+        vectors: np.ndarray,
+        texts: Sequence[Verbalization] | None = None,
+    ) -> None:
         """A batch that fails as a whole is tried again in halves, so that one poisonous row harms only itself."""
         try:
-            batch.readings += self._readings(samples, vectors)
+            batch.readings += self._readings(samples, vectors, texts)
+        except EngineError:  # no fault of a sample
+            raise
+        except PartialReadError as error:
+            self._partly(batch, samples, vectors, error)
         except Exception as error:  # noqa: BLE001 -- whatever a model's libraries raise costs one sample, not the worker
             if len(samples) == 1:
-                logger.warning("sample %s cannot be read: %s", samples[0].sample_id, _said(error))
-                batch.failures.append(StageFailure(samples[0].sample_id, "verbalize", _said(error), retryable=True))
-                self.telemetry.verbalized(1, "error", 0.0)
+                self._unread(batch, samples[0], error, retryable=True)
                 return
             half = len(samples) // 2
-            self._verbalize(batch, samples[:half], vectors[:half])
-            self._verbalize(batch, samples[half:], vectors[half:])
+            for part in (slice(None, half), slice(half, None)):
+                self._verbalize(batch, samples[part], vectors[part], None if texts is None else texts[part])
 
-    def _readings(self, samples: Sequence[ActivationSample], vectors: np.ndarray) -> list[Reading]:
-        texts = self.verbalizer.verbalize(vectors)
+    def _partly(
+        self, batch: _Batch, samples: Sequence[ActivationSample], vectors: np.ndarray, error: PartialReadError
+    ) -> None:
+        """The AV says which rows failed: only those do. A server that refuses a row will refuse it again."""
+        for row, why in error.failed.items():
+            self._unread(batch, samples[row], why, retryable=isinstance(why, EngineUnavailableError))
+        done = sorted(error.done)
+        if done:
+            self._verbalize(batch, [samples[row] for row in done], vectors[done], [error.done[row] for row in done])
+
+    def _unread(self, batch: _Batch, sample: ActivationSample, error: Exception, *, retryable: bool) -> None:
+        logger.warning("sample %s cannot be read: %s", sample.sample_id, _said(error))
+        batch.failures.append(StageFailure(sample.sample_id, "verbalize", _said(error), retryable=retryable))
+        self.telemetry.verbalized(1, "error", 0.0)
+
+    def _readings(
+        self, samples: Sequence[ActivationSample], vectors: np.ndarray, texts: Sequence[Verbalization] | None
+    ) -> list[Reading]:
+        texts = self.verbalizer.verbalize(vectors) if texts is None else texts
         explanations = [self._explanation(sample, text) for sample, text in zip(samples, texts, strict=True)]
         fidelities = self._fidelities(samples, vectors, texts)
         return [Reading(*parts) for parts in zip(samples, explanations, fidelities, strict=True)]
@@ -266,6 +311,8 @@ class Worker:
         if self.reconstructor is None:
             return [None] * len(samples)
         scores = self.reconstructor.score(vectors, [text.text for text in texts])
+        if self._denominators is not None:
+            scores = self._denominators.rescored_samples(scores, samples)
         ar_hash = self.reconstructor.content_hash
         return [record_of(sample.sample_id, score, ar_hash) for sample, score in zip(samples, scores, strict=True)]
 
@@ -405,8 +452,10 @@ class Worker:
         drain(self.repository, self.sinks, responses=self._responses)
 
     def close(self) -> None:
-        """Give the database connections back."""
+        """Give connections back: the database's, and those to a server that runs the AV."""
         self.repository.dispose()
+        if self._closes:
+            release(self.verbalizer)
 
 
 class _Half(Protocol):

@@ -29,6 +29,7 @@ READY = "nla_monitor worker ready"
 def main() -> int:
     """Worker end of the pipe."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would say every request to the AV's server
     lines = _lines(sys.stdin.fileno())
     first = next(lines, None)
     if first is None:  # the host was gone before it could say anything

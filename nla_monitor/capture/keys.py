@@ -2,71 +2,24 @@
 
 All arithmetic is on integer tensors where they are (int64, wrapping), so that a CUDA batch is hashed without one device
 synchronisation and a CPU batch by the same code. The hash of a sequence is a sum of mixed ``(token, position)`` pairs:
-order-free, hence exact under any reduction. The mixer is the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014).
+order-free, hence exact under any reduction.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_M1 = 0xBF58476D1CE4E5B9
-_M2 = 0x94D049BB133111EB
+from nla_monitor.mixing import WORD, logical_shift, mix, mix_int, signed
+
 _TOKEN = 0x9E3779B97F4A7C15
 _POSITION = 0xD1B54A32D192ED03
 _LENGTH = 0x8CB92BA72F3D8DD7
-_WORD = 1 << 64
 
 SALT_SEQUENCE, SALT_RANDOM, SALT_TRIGGER, SALT_GENERATED, SALT_CANDIDATE, SALT_THIN, SALT_FORWARD = range(1, 8)
 
 FULL = 1 << 62
 """Scores lie in ``[0, FULL)``; a threshold of FULL keeps everything."""
-
-
-def signed(value: int) -> int:
-    """A 64-bit word as the int64 that tensors hold."""
-    value %= _WORD
-    return value - _WORD if value >= 1 << 63 else value
-
-
-def mix_int(value: int) -> int:
-    """The mixer for one Python integer; equals ``mix`` on a tensor."""
-    value %= _WORD
-    value = ((value ^ (value >> 30)) * _M1) % _WORD
-    value = ((value ^ (value >> 27)) * _M2) % _WORD
-    return signed(value ^ (value >> 31))
-
-
-def logical_shift(value: Tensor, bits: int) -> Tensor:
-    """``value`` as unsigned 64-bit words, shifted right."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def mix(value: Tensor) -> Tensor:
-    """A bijection of int64 that scatters neighbours: the same on every device."""
-    if value.device.type == "cpu":  # numpy's calls cost a fifth of torch's, and a batch is small
-        return torch.from_numpy(mix_words(value.numpy()))
-    return mix_tensor(value)
-
-
-def mix_tensor(value: Tensor) -> Tensor:
-    """``mix`` where the tensor is."""
-    value = (value ^ logical_shift(value, 30)) * signed(_M1)
-    value = (value ^ logical_shift(value, 27)) * signed(_M2)
-    return value ^ logical_shift(value, 31)
-
-
-def mix_words(value: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """``mix`` of an array."""
-    words = value.astype(np.uint64)
-    words ^= words >> np.uint64(30)
-    words *= np.uint64(_M1)
-    words ^= words >> np.uint64(27)
-    words *= np.uint64(_M2)
-    words ^= words >> np.uint64(31)
-    return words.view(np.int64)
 
 
 def token_terms(ids: Tensor, real: Tensor, positions: Tensor) -> Tensor:
@@ -93,7 +46,7 @@ def hash_of(token_ids: list[int]) -> int:
 
 def hex_of(sequence: int) -> str:
     """A hash as it is written in ``ActivationSample.sequence_id``: 16 hexadecimal digits."""
-    return f"{sequence % _WORD:016x}"
+    return f"{sequence % WORD:016x}"
 
 
 def score(seed: int, salt: int, sequences: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -107,7 +60,7 @@ def score(seed: int, salt: int, sequences: Tensor, positions: Tensor | None = No
 def score_int(seed: int, salt: int, sequence: int, position: int) -> int:
     """``score`` of one position in Python integers."""
     keyed = mix_int(mix_int(sequence ^ mix_int(seed * 0x10001 + salt)) + position * signed(_POSITION))
-    return (keyed % _WORD) >> 2
+    return (keyed % WORD) >> 2
 
 
 def thinning_score(seed: int, sequence_id: str, position: int) -> float:

@@ -16,6 +16,7 @@ from nla_monitor.capture import keys, packing
 from nla_monitor.capture.keys import SALT_CANDIDATE, SALT_RANDOM, SALT_SEQUENCE, SALT_THIN, SALT_TRIGGER, score
 from nla_monitor.capture.packing import Borders
 from nla_monitor.capture.policy import CANDIDATE, FIRST_TRIGGER, PROMPT_END, RANDOM, SPECIAL, Draw, Policy
+from nla_monitor.mixing import logical_shift
 
 # Columns of Choice.meta.
 ROW, VALID, POSITION, TOKEN, KIND, DRAWN_FROM, SEQUENCES, HASH, LENGTH, COMPLETION = range(10)
@@ -175,7 +176,7 @@ def _choose_packed(draw: Draw, batch: _Batch, found: packing.Sequences, wanted: 
 
 def _ranked(draw: Draw, hashes: Tensor, filled: Tensor, wanted: Tensor | None) -> Tensor:
     """Keyed scores of sequences, -1 where there is none."""
-    keyed = keys.logical_shift(score(draw.policy.seed, SALT_SEQUENCE, hashes), 2)
+    keyed = logical_shift(score(draw.policy.seed, SALT_SEQUENCE, hashes), 2)
     if wanted is not None:
         keyed = keyed + _is_open(hashes, wanted).long() * (1 << 61)
     return torch.where(filled, keyed, -1)

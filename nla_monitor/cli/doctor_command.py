@@ -22,10 +22,13 @@ from nla_monitor.cli.common import (
     safe,
     sqlite_file,
 )
-from nla_monitor.config import MonitorConfig
+from nla_monitor.config import MonitorConfig, NLAConfig, load_config
 from nla_monitor.errors import CheckpointError, ConfigError, NLAMonitorError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from nla_monitor.nla.sidecar import Sidecar
 
 Verdict = Literal["ok", "note", "problem"]
@@ -39,6 +42,10 @@ _EXTRAS: Final = {
     "postgres": ("psycopg", "PostgreSQL"),
     "semantic": ("sentence_transformers", "rules with semantic selections"),
     "judge": ("httpx", "rules with an LLM judge"),
+    "engines": ("httpx", "an AV that vLLM or SGLang serves"),
+    "adapters": ("peft", "AV and AR as LoRA adapters"),
+    "quantized": ("bitsandbytes", "4-bit weights, on a GPU"),
+    "parquet": ("pyarrow", "Parquet files"),
 }
 _STYLES: Final = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
@@ -58,6 +65,13 @@ def doctor(
     av: Annotated[str | None, typer.Option(help="AV checkpoint: folder, hub id or organism:planted/av.")] = None,
     ar: Annotated[str | None, typer.Option(help="AR checkpoint; 'none' for none.")] = None,
     model: Annotated[str | None, typer.Option(help="The model to monitor: does the NLA fit it?")] = None,
+    dialect: Annotated[
+        str | None, typer.Option(help="How the AV takes vectors: auto, replace, add, depth, oracle.")
+    ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Real activations [n, d_model], .npy or .safetensors, for the self-test."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="torch device: cpu, cuda, cuda:1.")] = None,
     database: Annotated[
         str | None, typer.Option(envvar=DATABASE_VARIABLE, metavar="URL", help="Database to look at.")
@@ -72,24 +86,33 @@ def doctor(
 
     results = list(_installation())
     try:
-        settings = settings_of(config, database=database, av=av, ar=ar, device=device)
+        settings = _with_dialect(settings_of(config, database=database, av=av, ar=ar, device=device), dialect)
     except ConfigError as error:
         results.append(Result("config", "problem", str(error)))
     else:
-        results += _examine(settings, model, self_test=self_test)
+        results += _examine(settings, model, activations, self_test=self_test)
     _report(results, as_json=as_json)
     if any(result.verdict == "problem" for result in results):
         raise typer.Exit(1)
 
 
-def _examine(settings: MonitorConfig, model: str | None, *, self_test: bool) -> Iterator[Result]:
+def _with_dialect(settings: MonitorConfig, dialect: str | None) -> MonitorConfig:
+    if dialect is None:
+        return settings
+    data = settings.model_dump()
+    return load_config(data | {"nla": data["nla"] | {"dialect": dialect}})
+
+
+def _examine(
+    settings: MonitorConfig, model: str | None, activations: Path | None, *, self_test: bool
+) -> Iterator[Result]:
     device = _device(settings.nla.device)
     yield device
     yield _guarded("database", lambda: _database(settings.database))
     yield _guarded("rules", lambda: _rules(settings.rules))
-    sidecars = [_sidecar("av", settings.nla.av)]
+    sidecars = [_sidecar("av", settings.nla.av, settings.nla)]
     if settings.nla.ar is not None:
-        sidecars.append(_sidecar("ar", settings.nla.ar))
+        sidecars.append(_sidecar("ar", settings.nla.ar, settings.nla))
     yield from (result for result, _ in sidecars)
     usable = all(sidecar is not None for _, sidecar in sidecars)
     found = [sidecar for _, sidecar in sidecars if sidecar is not None]
@@ -98,7 +121,7 @@ def _examine(settings: MonitorConfig, model: str | None, *, self_test: bool) -> 
     if model is not None and sidecars[0][1] is not None:
         yield _guarded("model", lambda: _model(model, sidecars[0][1]))
     if self_test and usable and device.verdict != "problem":
-        yield from _self_test(settings)
+        yield from _self_test(settings, activations)
 
 
 def _guarded(about: str, look: Callable[[], Result]) -> Result:
@@ -210,16 +233,17 @@ def _rules(names: tuple[str, ...]) -> Result:
 # -- checkpoints --------------------------------------------------------------------------------------------------
 
 
-def _sidecar(role: Literal["av", "ar"], name: str) -> tuple[Result, Sidecar | None]:
+def _sidecar(role: Literal["av", "ar"], name: str, config: NLAConfig) -> tuple[Result, Sidecar | None]:
     from nla_monitor.nla.sidecar import load_sidecar
     from nla_monitor.organism import resolve
 
     try:
-        sidecar = load_sidecar(resolve(name), role)
+        sidecar = load_sidecar(resolve(name), role, revision=config.revision, config=config)
     except (CheckpointError, ConfigError) as error:
         return Result(role, "problem", str(error)), None
     layer = f"block {sidecar.layer}" if sidecar.layer is not None else "no layer named"
-    return Result(role, "ok", f"{name}: d_model {sidecar.d_model}, {layer}"), sidecar
+    dialect = f", dialect {sidecar.dialect}" if sidecar.dialect is not None else ""
+    return Result(role, "ok", f"{name}: d_model {sidecar.d_model}, {layer}{dialect}"), sidecar
 
 
 def _pair(av: Sidecar, ar: Sidecar) -> Result:
@@ -258,19 +282,43 @@ def _model(name: str, sidecar: Sidecar | None) -> Result:
     return Result("model", "ok", f"{kind}, d_model {width}, {depth} blocks: the AV fits its shape")
 
 
-def _self_test(settings: MonitorConfig) -> Iterator[Result]:
+def _activations(file: Path) -> npt.NDArray[np.float32]:
+    """Activations ``[n, d_model]`` from ``.npy``, or from the only tensor of ``.safetensors``.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no such array.
+    """
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(file) if file.suffix == ".safetensors" else {"": np.load(file, allow_pickle=False)}
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        raise ConfigError(f"activations {file} cannot be read: {error}. Save them as .npy or .safetensors.") from error
+    shapes = [array.shape for array in arrays.values()]
+    if len(shapes) != 1 or len(shapes[0]) != 2:
+        raise ConfigError(f"activations {file} must hold one array [n, d_model], found shapes {shapes}")
+    return np.asarray(next(iter(arrays.values())), dtype=np.float32)
+
+
+def _self_test(settings: MonitorConfig, activations: Path | None) -> Iterator[Result]:
     import torch
     import transformers
 
     from nla_monitor.nla import load_reconstructor, load_verbalizer, run_selftest
     from nla_monitor.organism import resolve
 
+    if settings.nla.engine != "transformers":
+        yield _guarded("engine", lambda: _engine(settings.nla))
+        return
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers does not annotate it
     try:
+        known = None if activations is None else _activations(activations)
         verbalizer = load_verbalizer(resolve(settings.nla.av), settings.nla)
         ar = settings.nla.ar
         reconstructor = load_reconstructor(resolve(ar), settings.nla) if ar is not None else None
-        report = run_selftest(verbalizer, reconstructor)
+        report = run_selftest(verbalizer, reconstructor, activations=known)
     except NLAMonitorError as error:
         yield Result("self-test", "problem", str(error))
         return
@@ -283,6 +331,22 @@ def _self_test(settings: MonitorConfig) -> Iterator[Result]:
         bad: Verdict = "note" if check.advisory else "problem"
         yield Result(f"self-test {check.name}", "ok" if check.ok else bad, check.detail)
     yield Result("self-test", "ok" if report.ok else "problem", report.verdict)
+
+
+def _engine(nla: NLAConfig) -> Result:
+    """Whether the server or plug-in that runs the AV can be used."""
+    from nla_monitor.nla.base import Checkable
+    from nla_monitor.nla.engines import open_verbalizer, release
+    from nla_monitor.organism import resolve
+
+    verbalizer = open_verbalizer(resolve(nla.av), nla)
+    if not isinstance(verbalizer, Checkable):
+        return Result("engine", "ok", f"{nla.engine}: d_model {verbalizer.d_model}, block {verbalizer.layer}")
+    try:
+        found = verbalizer.check()
+    finally:
+        release(verbalizer)
+    return Result("engine", "ok", f"{nla.engine} at {nla.url or 'no url'}: {found}")
 
 
 # -- output -------------------------------------------------------------------------------------------------------

@@ -145,14 +145,15 @@ def _controls(
     """What checks matches that were never checked: the NLA that read the baseline, as far as the rules need it."""
     from nla_monitor.candidates import DEAR, plan_of
     from nla_monitor.controls import Controls
-    from nla_monitor.nla import load_reconstructor, load_verbalizer
+    from nla_monitor.nla import load_reconstructor
+    from nla_monitor.nla.engines import open_verbalizer
     from nla_monitor.organism import resolve
     from nla_monitor.store.surroundings import Surroundings
 
     config = _nla(repository, baseline, av=av, ar=ar)
     verbalizer = reconstructor = None
     if any(plan_of(rule).wanted & DEAR for rule in rules.rules):
-        verbalizer = load_verbalizer(resolve(config.av), config)
+        verbalizer = open_verbalizer(resolve(config.av), config)
         _require("AV", config.av, verbalizer.content_hash, baseline.av_hash, "--av")
     if baseline.ar_hash is not None:
         if config.ar is None:

@@ -281,7 +281,9 @@ def _reverbalize(
     repository: Repository, runs: Sequence[str], *, av: str | None, ar: str | None, device: str | None
 ) -> tuple[str, dict[str, object]]:
     """Reads the vectors again; the AV's hash, and what was done."""
-    from nla_monitor.nla import load_reconstructor, load_verbalizer
+    from nla_monitor.nla import load_reconstructor
+    from nla_monitor.nla.domains import denominators_for
+    from nla_monitor.nla.engines import open_verbalizer
     from nla_monitor.organism import resolve
     from nla_monitor.reverbalize import reverbalize
     from nla_monitor.worker import check_pair
@@ -291,11 +293,12 @@ def _reverbalize(
             "--reverbalize needs the AV that is to read the vectors: --av PATH, and its AR: --ar PATH|none"
         )
     settings = _settings(repository, runs, av=av, ar=ar, device=device)
-    verbalizer = load_verbalizer(resolve(settings.av), settings)
+    verbalizer = open_verbalizer(resolve(settings.av), settings)
     reconstructor = None
     if ar is not None and ar.lower() != "none":
         reconstructor = load_reconstructor(resolve(ar), settings)
         check_pair(verbalizer, reconstructor)
+    own = denominators_for(settings.denominator, verbalizer.d_model, verbalizer.layer)
     with _progress("reading vectors", None) as advance:
         done = 0
 
@@ -305,7 +308,13 @@ def _reverbalize(
             done = now
 
         result = reverbalize(
-            repository.engine, verbalizer, reconstructor, runs, batch=settings.batch_size, progress=told
+            repository.engine,
+            verbalizer,
+            reconstructor,
+            runs,
+            batch=settings.batch_size,
+            denominators=own,
+            progress=told,
         )
     report = {"av_hash": verbalizer.content_hash, "read": result.read, "unreadable": result.unreadable}
     return verbalizer.content_hash, report

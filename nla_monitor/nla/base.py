@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+from nla_monitor.errors import NLAMonitorError
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,21 @@ class Score:
     denominator_name: str | None
 
 
+class PartialReadError(NLAMonitorError):
+    """Some rows of a batch failed where they were read one by one; the others are here.
+
+    Args:
+        done: explanations by row.
+        failed: what went wrong, by row.
+    """
+
+    def __init__(self, done: Mapping[int, Verbalization], failed: Mapping[int, NLAMonitorError]) -> None:
+        row, error = next(iter(failed.items()))
+        super().__init__(f"{len(failed)} of {len(failed) + len(done)} vectors could not be read; row {row}: {error}")
+        self.done = done
+        self.failed = failed
+
+
 class Verbalizer(Protocol):
     """AV: vectors in, English out."""
 
@@ -46,6 +63,20 @@ class Verbalizer(Protocol):
 
         Raises:
             ActivationError: a vector is not finite, has zero norm or the wrong width (names the row).
+        """
+        ...
+
+
+@runtime_checkable
+class Checkable(Protocol):
+    """An AV that runs elsewhere, and can be asked beforehand whether it is what it should be."""
+
+    def check(self) -> object:
+        """What was found; nothing is returned of one that cannot be used.
+
+        Raises:
+            EngineUnavailableError: it is not there now.
+            EngineError: it cannot be used as it is.
         """
         ...
 

@@ -1,10 +1,11 @@
 """Putting a vector into a prompt: which vectors may go in, where the marker sits, and at which norm.
 
-The dialect here is the released one: the embedding row of one marker token is replaced (``h = v * scale / |v|``).
+How it then gets into the model is a matter of dialect; see ``injectors``.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,13 @@ def rescale(vectors: npt.NDArray[np.float32], scale: float | None) -> npt.NDArra
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The AV's prompt as token ids: the same for every vector but for one embedding row."""
+    """The AV's prompt as token ids: the same for every vector."""
 
     ids: tuple[int, ...]
     marker: int
-    """Position of the row that is replaced."""
+    """Position of the first (and mostly only) marker."""
+    offsets: tuple[int, ...] = (0,)
+    """Where the markers stand, counted from the first."""
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -107,7 +110,8 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, contract: VerbalizerContrac
     template to ids directly.
 
     Raises:
-        TokenizerContractError: no chat template, or no path yields the marker and neighbours of the sidecar.
+        TokenizerContractError: no chat template, or no path yields the marker and neighbours of the sidecar (an
+            oracle: as many placeholders as are wanted, side by side).
     """
     if not tokenizer.chat_template:
         raise TokenizerContractError(
@@ -119,24 +123,40 @@ def build_prompt(tokenizer: PreTrainedTokenizerBase, contract: VerbalizerContrac
     options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": False}
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     two_step = tokenizer.encode(text, add_special_tokens=False)
+    alone = tokenizer.encode(contract.marker, add_special_tokens=False)
+    if contract.marker_id is None and len(alone) == 1:
+        contract = contract._replace(marker_id=alone[0])
     first = marker_fault(two_step, contract)
     if not first:
-        return Prompt(tuple(two_step), two_step.index(contract.marker_id))
+        return _prompt(two_step, contract)
     one_step = list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
     if not marker_fault(one_step, contract):
-        return Prompt(tuple(one_step), one_step.index(contract.marker_id))
-    alone = tokenizer.encode(contract.marker, add_special_tokens=False)
+        return _prompt(one_step, contract)
     raise TokenizerContractError(f"{first}; the marker alone tokenizes to {alone}. {_MARKER_REMEDY}")
+
+
+def _prompt(ids: Sequence[int], contract: VerbalizerContract) -> Prompt:
+    return Prompt(tuple(ids), list(ids).index(contract.marker_id or 0), tuple(range(contract.markers)))
 
 
 def marker_fault(ids: Sequence[int], contract: VerbalizerContract) -> str:
     """What is wrong with the marker in a prompt; empty when it stands once between both neighbours."""
     positions = [index for index, token in enumerate(ids) if token == contract.marker_id]
     name = f"marker {contract.marker!r} (tokens.injection_token_id {contract.marker_id})"
+    if contract.left_id is None or contract.right_id is None:
+        return _placeholder_fault(positions[: contract.markers], contract, name)
     if len(positions) != 1:
         return f"{name}: expected once in the AV prompt, found {len(positions)} times in ids {list(ids)}"
     at = positions[0]
     found = (ids[at - 1] if at else None, ids[at + 1] if at + 1 < len(ids) else None)
     if found != (contract.left_id, contract.right_id):
         return f"neighbours of {name}: expected {(contract.left_id, contract.right_id)}, found {found} at position {at}"
+    return ""
+
+
+def _placeholder_fault(positions: Sequence[int], contract: VerbalizerContract, name: str) -> str:
+    """Placeholders come first, side by side; the question after them may hold the same token."""
+    side_by_side = all(right - left == 1 for left, right in itertools.pairwise(positions))
+    if len(positions) < contract.markers or not side_by_side:
+        return f"{name}: expected {contract.markers} side by side in the prompt, found positions {list(positions)}"
     return ""

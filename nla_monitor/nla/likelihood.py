@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla_monitor.nla.base import Choice, Likelihood
 
-Embed = Callable[[torch.Tensor], torch.Tensor]
-"""The prompt with each of ``[batch, d_model]`` in the marker's place, ``[batch, tokens, d_model]``."""
+
+class Prompts(Protocol):
+    """Where prompts come from; ``SharedPrefixDecoder`` is one."""
+
+    def embeddings(self, rows: torch.Tensor) -> torch.Tensor:
+        """The prompt for each of ``[batch, d_model]``, ``[batch, tokens, d_model]``."""
+        ...
+
+    def injecting(self, rows: torch.Tensor) -> AbstractContextManager[None]:
+        """To be open around the forward pass over ``embeddings(rows)``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +51,11 @@ class ContinuationScorer:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
 
-    def score(self, embed: Embed, injected: torch.Tensor, choices: Sequence[Choice]) -> list[list[Likelihood]]:
+    def score(self, prompts: Prompts, injected: torch.Tensor, choices: Sequence[Choice]) -> list[list[Likelihood]]:
         """Likelihood of every option after its own start.
 
         Args:
-            embed: makes the prompt's embeddings.
+            prompts: makes the prompt's embeddings.
             injected: ``[batch, d_model]``, one row per choice.
             choices: what to score.
         """
@@ -54,7 +65,7 @@ class ContinuationScorer:
         scores: dict[int, Likelihood] = {}
         for start in range(0, len(order), self._batch_size):
             part = order[start : start + self._batch_size]
-            scores.update(zip(part, self._forward(embed, injected, [rows[number] for number in part]), strict=True))
+            scores.update(zip(part, self._forward(prompts, injected, [rows[number] for number in part]), strict=True))
         result: list[list[Likelihood]] = [[] for _ in choices]
         for number, row in enumerate(rows):
             result[row.owner].append(scores[number])
@@ -69,17 +80,19 @@ class ContinuationScorer:
         return [_Row(owner, ids, start) for ids in encoded]
 
     @torch.inference_mode()
-    def _forward(self, embed: Embed, injected: torch.Tensor, rows: Sequence[_Row]) -> list[Likelihood]:
+    def _forward(self, prompts: Prompts, injected: torch.Tensor, rows: Sequence[_Row]) -> list[Likelihood]:
         """Rows are padded on the right: under causal attention nothing before the padding can see it."""
         ids = torch.zeros((len(rows), max(len(row.ids) for row in rows)), dtype=torch.long, device=injected.device)
         for number, row in enumerate(rows):
             ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        prompt = embed(injected[[row.owner for row in rows]])
+        vectors = injected[[row.owner for row in rows]]
+        prompt = prompts.embeddings(vectors)
         inputs = torch.cat([prompt, self._model.get_input_embeddings()(ids)], dim=1)
         first = min(row.start for row in rows)
         # Logits at position p judge the token at p + 1; only those are made that judge an option's token.
         kept = torch.arange(prompt.shape[1] + first - 1, inputs.shape[1] - 1, device=ids.device)
-        logits = self._model(inputs_embeds=inputs, use_cache=False, logits_to_keep=kept).logits
+        with prompts.injecting(vectors):
+            logits = self._model(inputs_embeds=inputs, use_cache=False, logits_to_keep=kept).logits
         tokens = logits.float().log_softmax(-1).gather(-1, ids[:, first:, None])[..., 0]
         return [
             Likelihood(float(tokens[number, row.start - first : len(row.ids) - first].sum()), len(row.ids) - row.start)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,20 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from nla_monitor.config import NLAConfig
-from nla_monitor.errors import CheckpointError, ConfigError
+from nla_monitor.errors import CheckpointError, ConfigError, MissingExtraError
+from nla_monitor.nla.adapters import apply, read_adapter
+from nla_monitor.nla.checkpoint import Checkpoint
 
-_UNUSED_WEIGHTS = ("norm.weight", "ln_f.weight", "ln_f.bias", "layer_norm.weight", "layer_norm.bias", "lm_head.weight")
+_SAME_SCALE = 0.01
+_UNUSED_HEADS = ("lm_head.weight",)
+_UNUSED_WEIGHTS = ("norm.weight", "ln_f.weight", "ln_f.bias", "layer_norm.weight", "layer_norm.bias", *_UNUSED_HEADS)
 
 
 def pick_device(config: NLAConfig) -> torch.device:
@@ -64,28 +70,61 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(folder: Path, config: NLAConfig) -> PreTrainedModel:
-    """An AV: a causal language model, in evaluation mode, on the configured device.
+def load_causal_lm(checkpoint: Checkpoint, config: NLAConfig) -> PreTrainedModel:
+    """An AV: a causal language model with its adapters, in evaluation mode, on the configured device.
 
     Raises:
         CheckpointError: it cannot be loaded, or weights are missing.
+        ConfigError: the device or 4-bit weights cannot be used here.
+        MissingExtraError: an adapter, and peft is not installed; 4-bit weights, and bitsandbytes is not.
     """
-    return _load(AutoModelForCausalLM, folder, config, unused=())
+    return _with_adapters(checkpoint, config, lambda folder: _load(AutoModelForCausalLM, folder, config, unused=()))
 
 
-def load_backbone(folder: Path, config: NLAConfig) -> PreTrainedModel:
+def load_backbone(
+    checkpoint: Checkpoint, config: NLAConfig, *, blocks: int | None = None, final_norm: bool = False
+) -> PreTrainedModel:
     """An AR's blocks, without language head; a final norm that is not on disk is no fault (it is not used).
+
+    Args:
+        checkpoint: a full model, or an adapter.
+        config: where and in which precision.
+        blocks: only so many, where the checkpoint is not cut to them already.
+        final_norm: whether the norm after the last block is used, and so must be on disk.
 
     Raises:
         CheckpointError: it cannot be loaded, or other weights are missing.
+        ConfigError: the device or 4-bit weights cannot be used here.
+        MissingExtraError: an adapter, and peft is not installed; 4-bit weights, and bitsandbytes is not.
     """
-    return _load(AutoModel, folder, config, unused=_UNUSED_WEIGHTS)
+    unused = _UNUSED_HEADS if final_norm else _UNUSED_WEIGHTS
+
+    def load(folder: Path) -> PreTrainedModel:
+        return _load(AutoModel, folder, config, unused=unused, blocks=blocks)
+
+    return _with_adapters(checkpoint, config, load, truncated=blocks is not None)
 
 
-def _load(factory: Any, folder: Path, config: NLAConfig, *, unused: Sequence[str]) -> PreTrainedModel:
+def _with_adapters(
+    checkpoint: Checkpoint, config: NLAConfig, load: Callable[[Path], PreTrainedModel], *, truncated: bool = False
+) -> PreTrainedModel:
+    """The base, then its adapters from the innermost on; an inner one is merged, so that the next sees its sum."""
+    if checkpoint.base is None:
+        return load(checkpoint.folder)
+    inner = config.model_copy(update={"merge_adapter": True})
+    model = _with_adapters(checkpoint.base, inner, load, truncated=truncated)
+    merge = config.merge_adapter and config.quantization == "none"
+    return apply(model, read_adapter(checkpoint.folder), merge=merge, truncated=truncated)
+
+
+def _load(
+    factory: Any, folder: Path, config: NLAConfig, *, unused: Sequence[str], blocks: int | None = None
+) -> PreTrainedModel:
     device = pick_device(config)
     with quiet(), checkpoint_errors(folder, "model"):
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if blocks is not None:
+            _cut(settings.get_text_config(), blocks)
         model, info = factory.from_pretrained(
             folder,
             config=settings,
@@ -94,6 +133,7 @@ def _load(factory: Any, folder: Path, config: NLAConfig, *, unused: Sequence[str
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **_quantized(config, device),
         )
     missing = sorted(key for key in info["missing_keys"] if not any(_is_final(key, name) for name in unused))
     if missing:
@@ -102,8 +142,39 @@ def _load(factory: Any, folder: Path, config: NLAConfig, *, unused: Sequence[str
             f"{folder}: weights are missing: {shown}. They would be random: copy the safetensors files again, or "
             "correct num_hidden_layers in config.json."
         )
-    loaded: PreTrainedModel = model.eval().requires_grad_(requires_grad=False).to(device)
+    if config.quantization == "none":
+        model.to(device)
+    loaded: PreTrainedModel = model.eval().requires_grad_(requires_grad=False)
     return loaded
+
+
+def _cut(config: Any, blocks: int) -> None:
+    """A config with only the first blocks; lists that hold one entry a block are cut with it."""
+    if blocks > config.num_hidden_layers:
+        raise ValueError(f"{blocks} blocks are wanted and it has {config.num_hidden_layers}")
+    config.num_hidden_layers = blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:blocks]
+
+
+def _quantized(config: NLAConfig, device: torch.device) -> dict[str, Any]:
+    """Arguments for 4-bit NF4 weights, in which published adapters were trained; none for full precision."""
+    if config.quantization == "none":
+        return {}
+    if device.type != "cuda":
+        raise ConfigError(
+            f"nla.quantization = '4bit' needs a GPU and nla.device is {config.device!r}. Set nla.device to cuda, or "
+            "nla.quantization to none."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "quantized", "nla.quantization = '4bit'")
+    settings = BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers' own gap
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=pick_dtype(config, device),
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def _is_final(key: str, name: str) -> bool:
@@ -188,3 +259,73 @@ def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
             f"{type(model).__name__} has no embedding table; NLA checkpoints are text models with one."
         )
     return weight
+
+
+def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The decoder's blocks, first to last.
+
+    Raises:
+        CheckpointError: they are not one list of ``num_hidden_layers`` modules.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    decoder = decoder_of(model.get_decoder())  # type: ignore[no-untyped-call]  # the same
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return list(module)
+    raise CheckpointError(
+        f"{type(model).__name__} does not keep its {depth} blocks in one list, so that none can be found. Verbalizers "
+        "are read on decoder-only architectures."
+    )
+
+
+class _Seen(Exception):  # noqa: N818 - no fault: it ends a forward pass that has shown what was wanted
+    """Holds what the first block was given."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+@torch.no_grad()
+def stream_scale(model: PreTrainedModel) -> float:
+    """By what a row of ``inputs_embeds`` is multiplied before the first block: 1 for most, measured.
+
+    Gemma multiplies in its embedding module; some others (Granite, RecurrentGemma) only after it, so that a row
+    put in at a given norm would enter the stream at another.
+
+    Raises:
+        CheckpointError: the row is changed in another way, or the model looks up a second embedding by token.
+    """
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        raise CheckpointError(
+            f"{type(model).__name__} has a second embedding that is looked up by token in every block "
+            "(hidden_size_per_layer_input), which a prompt of embeddings does not have. No verbalizer of this "
+            "architecture can be read."
+        )
+    rows = torch.zeros(2, 1, embedding_weight(model).shape[1], dtype=model.dtype, device=model.device)
+    rows[1] = torch.linspace(0.5, 1.5, rows.shape[-1])
+    zero, moved = _entering(model, rows)
+    change, row = (moved - zero).double().flatten(), rows[1].double().flatten()
+    scale = float(change @ row / (row @ row))
+    if not torch.allclose(change, row * scale, rtol=0.02, atol=0.02 * abs(scale)):
+        raise CheckpointError(
+            f"{type(model).__name__} changes its embeddings before the first block by more than a factor, so a vector "
+            "cannot be put in at the norm of training. Verbalizers that replace an embedding row are not read on it."
+        )
+    return 1.0 if abs(scale - 1) < _SAME_SCALE else scale
+
+
+def _entering(model: PreTrainedModel, rows: torch.Tensor) -> torch.Tensor:
+    """What the first block is given for ``rows``, ``[batch, 1, d_model]``."""
+
+    def stop(_block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Seen(args[0] if args else kwargs["hidden_states"])
+
+    handle = blocks_of(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(inputs_embeds=rows, use_cache=False)
+    except _Seen as seen:
+        return seen.hidden
+    finally:
+        handle.remove()
+    raise CheckpointError(f"{type(model).__name__} did not run its first block. Its embeddings cannot be measured.")

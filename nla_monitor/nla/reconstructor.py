@@ -8,23 +8,24 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nla_monitor.config import NLAConfig
-from nla_monitor.errors import CheckpointError, NonFiniteWeightsError, TokenizerContractError
+from nla_monitor.errors import NonFiniteWeightsError, TokenizerContractError
 from nla_monitor.nla.base import Score
-from nla_monitor.nla.checkpoint import HEAD_NAME, content_hash, resolve_checkpoint
+from nla_monitor.nla.checkpoint import open_checkpoint
 from nla_monitor.nla.fidelity import cosines, denominator_of, score_of
 from nla_monitor.nla.injection import check_vectors
-from nla_monitor.nla.loading import drop_final_norm, load_backbone, load_tokenizer
-from nla_monitor.nla.sidecar import TEXT_PLACEHOLDER, ReconstructorContract, Role, Sidecar, load_sidecar
+from nla_monitor.nla.linear import use_onednn
+from nla_monitor.nla.loading import drop_final_norm, load_tokenizer
+from nla_monitor.nla.packaging import ReconstructorParts, load_parts
+from nla_monitor.nla.sidecar import TEXT_PLACEHOLDER, ReconstructorContract, Role, Sidecar, sidecar_of
 
 LONGEST_INPUT = 2048
 """Tokens; longer texts lose their beginning. Explanations are a few hundred tokens."""
-ABSURD_WEIGHT = 1e18
-"""Beyond this a weight's square overflows float32: damaged exports hold values near 3e38 beside NaN."""
+TOKENS_A_PASS = 512
+"""Tokens of a forward pass on the CPU: with more, what stands between two layers no longer fits the processor's cache
+(measured at widths 128 and 512: a third slower at 2,900)."""
 _PROBES = ("A sentence.", "words", "two\nlines\n", "")
 
 
@@ -35,46 +36,13 @@ def load_reconstructor(path: str | Path, config: NLAConfig) -> TransformersRecon
         CheckpointError: it cannot be used; the subclass and message say why and what to do.
         ConfigError: the configured device is not there.
     """
-    folder = resolve_checkpoint(path, revision=config.revision)
-    sidecar = load_sidecar(folder, Role.AR)
-    head = load_value_head(folder, sidecar.d_model)
-    tokenizer = load_tokenizer(folder)
+    checkpoint = open_checkpoint(path, "ar", revision=config.revision, base=config.base)
+    sidecar = sidecar_of(checkpoint, Role.AR, config)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
     check_suffix(tokenizer, sidecar.reconstructor_contract())
-    model = load_backbone(folder, config)
-    return TransformersReconstructor(model, tokenizer, sidecar, head, config=config, content_hash=content_hash(folder))
-
-
-def load_value_head(folder: Path, d_model: int) -> torch.Tensor:
-    """``weight`` of ``value_head.safetensors``, ``[d_model, d_model]``, float32.
-
-    Raises:
-        CheckpointError: missing, unreadable or of another shape.
-        NonFiniteWeightsError: it holds NaN, Inf or absurd values.
-    """
-    file = folder / HEAD_NAME
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read: {error}. An AR is released with this file beside its blocks; copy it there."
-        ) from error
-    if "weight" not in tensors:
-        raise CheckpointError(
-            f"{file}: expected the key 'weight', found {sorted(tensors)}. Take the file from the release."
-        )
-    weight = tensors["weight"].float()
-    if weight.shape != (d_model, d_model):
-        raise CheckpointError(
-            f"{file}: expected shape {(d_model, d_model)} (d_model of the sidecar), found {tuple(weight.shape)}. Take "
-            "head, blocks and sidecar from one release."
-        )
-    sound = (torch.isfinite(weight) & (weight.abs() < ABSURD_WEIGHT)).all(dim=1)
-    if not bool(sound.all()):
-        raise NonFiniteWeightsError(
-            f"{file}: {int((~sound).sum())} of {d_model} rows hold NaN, Inf or values beyond {ABSURD_WEIGHT:g}. The "
-            "export is damaged and every score would be noise: use another export of this AR (its SFT stage, say)."
-        )
-    return weight
+    parts = load_parts(checkpoint, sidecar, config)
+    provenance = checkpoint.content_hash(sidecar.source, sidecar.settings)
+    return TransformersReconstructor(parts, tokenizer, sidecar, config=config, content_hash=provenance)
 
 
 def check_suffix(tokenizer: PreTrainedTokenizerBase, contract: ReconstructorContract) -> None:
@@ -106,10 +74,9 @@ class TransformersReconstructor:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        parts: ReconstructorParts,
         tokenizer: PreTrainedTokenizerBase,
         sidecar: Sidecar,
-        head: torch.Tensor,
         *,
         config: NLAConfig,
         content_hash: str,
@@ -120,14 +87,17 @@ class TransformersReconstructor:
         self.sidecar = sidecar
         self.contract = sidecar.reconstructor_contract()
         self.denominator = denominator_of(sidecar)
-        self.model = model
+        self.model = model = parts.model
         self.tokenizer = tokenizer
         self.batch_size = config.batch_size
-        self.head = head.to(model.device)
+        self.head = parts.head.to(model.device)
         self.max_tokens = min(
             int(getattr(model.config.get_text_config(), "max_position_embeddings", LONGEST_INPUT)), LONGEST_INPUT
         )
-        drop_final_norm(model)
+        if not parts.final_norm:
+            drop_final_norm(model)
+        use_onednn(model)
+        self._tokens_a_pass = TOKENS_A_PASS if model.device.type == "cpu" else self.batch_size * self.max_tokens
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Prompt ids per text: raw template with the tokenizer's own BOS, the beginning cut where too long."""
@@ -148,7 +118,7 @@ class TransformersReconstructor:
         place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         predicted = np.zeros((len(place), self.d_model), dtype=np.float32)
         ids = self.token_ids(list(place))
-        for rows in _buckets(ids, self.batch_size):
+        for rows in _buckets(ids, self.batch_size, self._tokens_a_pass):
             predicted[rows] = self._last_token([ids[row] for row in rows])
         result = predicted[[place[text] for text in texts]]
         bad = int((~np.isfinite(result).all(axis=1)).sum())
@@ -188,8 +158,19 @@ class TransformersReconstructor:
         return predicted
 
 
-def _buckets(ids: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length, so that little is padded."""
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+def _buckets(ids: Sequence[Sequence[int]], size: int, tokens: int) -> Iterator[list[int]]:
+    """Row numbers in batches of similar length: little is padded, and no batch holds more than its share of tokens.
+
+    Args:
+        ids: rows of any length.
+        size: rows of a batch, at most.
+        tokens: of a batch with its padding, at most; a longer row goes alone.
+    """
+    bucket: list[int] = []
+    for row in sorted(range(len(ids)), key=lambda row: len(ids[row])):
+        if bucket and (len(bucket) == size or (len(bucket) + 1) * len(ids[row]) > tokens):
+            yield bucket
+            bucket = []
+        bucket.append(row)
+    if bucket:
+        yield bucket

@@ -1,273 +1,231 @@
-"""The sidecar ``nla_meta.yaml``: what an AV or AR checkpoint promises, checked before anything is loaded.
+"""The sidecar ``nla_meta.yaml``: found, read and checked before anything is loaded. No torch here.
 
-Reads the released format (``kind: nla_model``, schema 1 and 2) and the spellings seen in training folders: role
-``actor`` / ``critic``, templates ``actor`` / ``critic``, five places for the layer index. No torch here.
+The dialect is stated in no released sidecar. It is told by the config (``nla.dialect``), by the file where ours wrote
+it, or by what only one dialect has: ``ao_config.json``, a template that asks for the depth, rsLoRA weights without an
+injection scale. Where that leaves two, an error says so: the wrong one gives fluent nonsense.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictFloat,
-    StrictInt,
-    StrictStr,
-    ValidationError,
-    field_validator,
+from pydantic import ValidationError
+
+from nla_monitor.config import NLAConfig
+from nla_monitor.errors import CheckpointError, SidecarError
+from nla_monitor.nla.checkpoint import (
+    ADAPTER_NAME,
+    CONFIG_NAME,
+    METADATA_FILES,
+    ORACLE_NAME,
+    SIDECAR_NAME,
+    Checkpoint,
+    open_checkpoint,
+    read_json,
+    sidecar_file,
+)
+from nla_monitor.nla.contract import (
+    DEPTH_PLACEHOLDERS,
+    MARKER_PLACEHOLDER,
+    RAW_SCALES,
+    ROLES,
+    SQRT_D,
+    TEXT_PLACEHOLDER,
+    Denominator,
+    Depth,
+    Dialect,
+    Extraction,
+    OracleSettings,
+    ReconstructorContract,
+    Role,
+    Sidecar,
+    Templates,
+    Tokens,
+    VerbalizerContract,
 )
 
-from nla_monitor.errors import CheckpointError, SidecarError
-from nla_monitor.nla.checkpoint import CONFIG_NAME, METADATA_FILES, SIDECAR_NAME, resolve_checkpoint
+__all__ = [
+    "MARKER_PLACEHOLDER",
+    "RAW_SCALES",
+    "SQRT_D",
+    "TEXT_PLACEHOLDER",
+    "Denominator",
+    "Dialect",
+    "ReconstructorContract",
+    "Role",
+    "Sidecar",
+    "VerbalizerContract",
+    "config_depth",
+    "config_width",
+    "load_sidecar",
+    "parse_sidecar",
+    "read_model_config",
+    "sidecar_of",
+]
 
 NEWEST_SCHEMA = 2
-MARKER_PLACEHOLDER = "{injection_char}"
-TEXT_PLACEHOLDER = "{explanation}"
-SQRT_D = "sqrt_d_model"
-RAW_SCALES = frozenset({"raw", "none"})
-_ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
+DATASET_KIND = "nla_dataset"
+_ORACLE_QUESTION = "What is the model thinking about?"
+_ORACLE_PREFIX = "Layer: {layer}\n{placeholders} \n"
+_ORACLE_MARKER = " ?"
+_AMBIGUOUS = (
+    "Set nla.dialect: replace, if vectors replaced the marker's embedding row in training; add, if they were added "
+    "after block 1."
+)
 
 
-class Role(StrEnum):
-    """Which half of the NLA a checkpoint is."""
-
-    AV = "av"
-    AR = "ar"
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class Extraction(_Part):
-    """Section ``extraction``: how vectors were taken and at which norm they are injected."""
-
-    injection_scale: StrictFloat | StrictInt | StrictStr | None = None
-    """L2 norm at which the AV was trained: a number, ``sqrt_d_model``, or ``raw`` / ``none`` (not rescaled)."""
-    mse_scale: StrictFloat | StrictInt | StrictStr | None = None
-    """Norm to which the AR's loss scaled both sides. Scores are cosines, so it cancels; kept for the record."""
-    layer_index: StrictInt | None = Field(None, validation_alias=AliasChoices("layer_index", "extraction_layer_index"))
-
-
-class Tokens(_Part):
-    """Section ``tokens``: ids that the live tokenizer must reproduce."""
-
-    injection_char: StrictStr | None = None
-    injection_token_id: StrictInt | None = None
-    injection_left_neighbor_id: StrictInt | None = None
-    injection_right_neighbor_id: StrictInt | None = None
-    critic_suffix_ids: tuple[StrictInt, ...] | None = None
-
-
-class Templates(_Part):
-    """Section ``prompt_templates``."""
-
-    av: StrictStr | None = Field(None, validation_alias=AliasChoices("av", "actor"))
-    ar: StrictStr | None = Field(None, validation_alias=AliasChoices("ar", "critic"))
-
-
-class Depth(_Part):
-    """Section ``critic`` (older) or ``ar``: K again, in two more spellings."""
-
-    extraction_layer_index: StrictInt | None = None
-    num_hidden_layers: StrictInt | None = None
-
-
-class Denominator(NamedTuple):
-    """What an FVE is divided by: mean of ``||v/|v| - mean(v/|v|)||^2`` over a named reference set."""
-
-    name: str
-    value: float
-
-
-class VerbalizerContract(NamedTuple):
-    """What an AV needs from its sidecar, complete and typed."""
-
-    marker: str
-    marker_id: int
-    left_id: int
-    right_id: int
-    template: str
-    injection_scale: float | None
-    """None: vectors are injected as they are (``raw``)."""
-
-
-class ReconstructorContract(NamedTuple):
-    """What an AR needs from its sidecar."""
-
-    template: str
-    suffix_ids: tuple[int, ...] | None
-
-
-class Sidecar(BaseModel):
-    """One ``nla_meta.yaml``. Unknown fields are kept, never an error: training code adds its own."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    role: Role
-    d_model: StrictInt = Field(gt=0)
-    kind: StrictStr = "nla_model"
-    schema_version: StrictInt = 1
-    stage: StrictStr | None = None
-    base_checkpoint: StrictStr | None = None
-    extraction_layer_index: StrictInt | None = Field(None, ge=0)
-    extraction: Extraction = Field(default_factory=Extraction)
-    tokens: Tokens = Field(default_factory=Tokens)
-    prompt_templates: Templates = Field(default_factory=Templates)
-    depth: Depth = Field(default_factory=Depth, validation_alias=AliasChoices("critic", "ar"))
-    training: Mapping[str, Any] = Field(default_factory=dict)
-    source: Path = Field(Path(SIDECAR_NAME), exclude=True)
-    """The file itself, for messages."""
-
-    @field_validator("role", mode="before")
-    @classmethod
-    def _role_spellings(cls, value: object) -> object:
-        return _ROLES.get(value.lower(), value) if isinstance(value, str) else value
-
-    @field_validator("extraction", "tokens", "prompt_templates", "depth", "training", mode="before")
-    @classmethod
-    def _null_is_absent(cls, value: object) -> object:
-        return {} if value is None else value
-
-    @property
-    def layer(self) -> int | None:
-        """K, from whichever spelling is there (the explicit ones first); None when the file does not say."""
-        return next((layer for _, layer in self._layers()), None)
-
-    def _layers(self) -> list[tuple[str, int]]:
-        explicit = {
-            "extraction_layer_index": self.extraction_layer_index,
-            "critic.extraction_layer_index": self.depth.extraction_layer_index,
-            "extraction.layer_index": self.extraction.layer_index,
-        }
-        found = [(name, layer) for name, layer in explicit.items() if layer is not None]
-        if not found and self.depth.num_hidden_layers is not None:
-            found = [("critic.num_hidden_layers", self.depth.num_hidden_layers)]
-        return found
-
-    def mismatch(self, field: str, expected: str, found: object, remedy: str) -> SidecarError:
-        """An error that says what was expected, what was found and what to do."""
-        return SidecarError(f"{self.source}: {field}: expected {expected}, found {found!r}. {remedy}")
-
-    def verbalizer_contract(self) -> VerbalizerContract:
-        """The AV's part of the file.
-
-        Raises:
-            SidecarError: a field is missing or has a value that cannot be used.
-        """
-        tokens = self.tokens
-        template = self._required("prompt_templates.av", self.prompt_templates.av)
-        marker = self._required("tokens.injection_char", tokens.injection_char)
-        if template.count(MARKER_PLACEHOLDER) + template.count(marker) != 1:
-            wanted = f"the placeholder {MARKER_PLACEHOLDER} exactly once"
-            raise self.mismatch(
-                "prompt_templates.av", wanted, template, "Restore the template that the AV was trained with."
-            )
-        return VerbalizerContract(
-            marker=marker,
-            marker_id=self._required("tokens.injection_token_id", tokens.injection_token_id),
-            left_id=self._required("tokens.injection_left_neighbor_id", tokens.injection_left_neighbor_id),
-            right_id=self._required("tokens.injection_right_neighbor_id", tokens.injection_right_neighbor_id),
-            template=template,
-            injection_scale=self._injection_scale(),
-        )
-
-    def reconstructor_contract(self) -> ReconstructorContract:
-        """The AR's part of the file.
-
-        Raises:
-            SidecarError: the template is missing or has no place for the explanation.
-        """
-        template = self._required("prompt_templates.ar", self.prompt_templates.ar)
-        if template.count(TEXT_PLACEHOLDER) != 1:
-            wanted = f"the placeholder {TEXT_PLACEHOLDER} exactly once"
-            raise self.mismatch(
-                "prompt_templates.ar", wanted, template, "Restore the template that the AR was trained with."
-            )
-        return ReconstructorContract(template, self.tokens.critic_suffix_ids)
-
-    def fve_denominator(self) -> Denominator | None:
-        """The denominator recorded under ``training``, if there is one.
-
-        Written as ``fve_denominator: <number>`` with ``fve_denominator_name: <reference set>``, or as one map
-        ``fve_denominator: {name, value}``.
-
-        Raises:
-            SidecarError: it is there but is no positive number.
-        """
-        entry = self.training.get("fve_denominator")
-        if entry is None:
-            return None
-        parts = (
-            entry if isinstance(entry, Mapping) else {"value": entry, "name": self.training.get("fve_denominator_name")}
-        )
-        name, value = parts.get("name") or "training", parts.get("value")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            remedy = "Correct it, or remove it: FVE is then left out."
-            raise self.mismatch("training.fve_denominator", "a positive number", entry, remedy)
-        return Denominator(str(name), float(value))
-
-    def _required(self, field: str, value: Any) -> Any:
-        if value is None or value == "":
-            raise SidecarError(
-                f"{self.source}: {field} is missing, and an {self.role.value.upper()} cannot be used without it. Take "
-                "the sidecar that was written when this checkpoint was trained; the value cannot be guessed."
-            )
-        return value
-
-    def _injection_scale(self) -> float | None:
-        field, value = "extraction.injection_scale", self.extraction.injection_scale
-        if value is None:
-            raise SidecarError(
-                f"{self.source}: {field} is missing. It is the norm at which the AV was trained to see vectors; any "
-                "other gives fluent nonsense, so no default is taken. Write the trained value there: a number, "
-                f"'{SQRT_D}' if training used sqrt(d_model), or 'raw' if vectors were not rescaled."
-            )
-        if isinstance(value, str) and value.strip().lower() in RAW_SCALES:
-            return None
-        if value == SQRT_D:
-            return math.sqrt(self.d_model)
-        try:
-            scale = float(value)
-        except ValueError:
-            scale = math.nan
-        if not 0 < scale < math.inf:
-            raise self.mismatch(
-                field, f"a positive number, '{SQRT_D}' or 'raw'", value, "Write the norm used in training."
-            )
-        return scale
-
-
-def load_sidecar(path: str | Path, role: Role | str, *, revision: str | None = None) -> Sidecar:
+def load_sidecar(
+    path: str | Path, role: Role | str, *, revision: str | None = None, config: NLAConfig | None = None
+) -> Sidecar:
     """The checked sidecar of a checkpoint: a folder, a ``nla_meta.yaml`` file, or a hub id.
 
+    An activation oracle has none: its ``ao_config.json`` is read in its place.
+
+    Args:
+        path: where it is.
+        role: ``av`` or ``ar`` (``actor`` and ``critic`` are understood).
+        revision: pinned hub revision.
+        config: dialect, layer, question and base model where they are given there.
+
     Raises:
-        SidecarError: missing, malformed, of the other role, or contradicting the checkpoint's ``config.json``.
+        SidecarError: missing, malformed, of the other role, of an unclear dialect, or contradicting ``config.json``.
         CheckpointError: there is no such folder or hub repository, or it has no ``config.json``.
     """
-    wanted = Role(_ROLES.get(str(role), str(role)))
-    local = Path(path)
-    folder = local.parent if local.is_file() else resolve_checkpoint(path, revision=revision, patterns=METADATA_FILES)
-    file = local if local.is_file() else folder / SIDECAR_NAME
-    sidecar = parse_sidecar(_read_yaml(file), file)
-    _check_identity(sidecar, wanted)
+    wanted = Role(ROLES.get(str(role), str(role)))
+    config, local = config or NLAConfig(), Path(path)
+    place = local.parent if local.is_file() else path
+    checkpoint = open_checkpoint(place, wanted.value, revision=revision, base=config.base, patterns=METADATA_FILES)
+    return sidecar_of(checkpoint, wanted, config, file=local if local.is_file() else None)
+
+
+def sidecar_of(checkpoint: Checkpoint, role: Role, config: NLAConfig, *, file: Path | None = None) -> Sidecar:
+    """The checked sidecar of an opened checkpoint; ``file`` in place of the one found there. Raises as above."""
+    if role is Role.AV and (checkpoint.folder / ORACLE_NAME).exists():
+        sidecar = oracle_sidecar(checkpoint, config)
+        sidecar.verbalizer_contract()
+        return sidecar
+    file = file or sidecar_file(checkpoint.folder, role.value)
+    data = _read_yaml(file)
+    if file.parent != checkpoint.folder:  # one sidecar in the root describes both halves
+        data = {**data, "role": role.value}
+    sidecar = parse_sidecar(data, file)
+    _check_identity(sidecar, role)
     _check_layers(sidecar)
-    _check_width(sidecar, folder)
-    if wanted is Role.AV:
+    model_config = read_model_config(checkpoint.root)
+    _check_width(sidecar, model_config)
+    sidecar = _completed(sidecar, checkpoint, model_config, config)
+    if role is Role.AV:
         sidecar.verbalizer_contract()
     else:
         sidecar.reconstructor_contract()
         sidecar.fve_denominator()
     return sidecar
+
+
+def _completed(sidecar: Sidecar, checkpoint: Checkpoint, model_config: Mapping[str, Any], config: NLAConfig) -> Sidecar:
+    """With what the file does not say: dialect, blocks of the target, the layer of an NLA that reads any."""
+    known: dict[str, Any] = {"target_blocks": config_depth(model_config)}
+    if sidecar.role is Role.AV:
+        known["dialect"] = dialect_of(sidecar, checkpoint, config)
+    if config.layer is not None and config.layer != sidecar.layer:
+        if sidecar.layer is not None and not sidecar.depth_conditioned:
+            raise sidecar.mismatch(
+                "the layer",
+                f"{config.layer} (nla.layer)",
+                sidecar.layer,
+                "This NLA reads one layer: leave nla.layer out.",
+            )
+        known |= {"extraction_layer_index": config.layer, "depth": Depth(), "extraction": _without_layer(sidecar)}
+    return sidecar.model_copy(update=known)
+
+
+def _without_layer(sidecar: Sidecar) -> Extraction:
+    return sidecar.extraction.model_copy(update={"layer_index": None})
+
+
+def dialect_of(sidecar: Sidecar, checkpoint: Checkpoint, config: NLAConfig) -> Dialect:
+    """How this AV takes vectors: as told, or by what only one dialect has.
+
+    Raises:
+        SidecarError: told and found contradict each other, or two dialects are possible.
+    """
+    told = None if config.dialect == "auto" else Dialect(config.dialect)
+    if told is Dialect.ORACLE:
+        remedy = "Correct nla.dialect, or take the file from the release."
+        raise sidecar.mismatch("nla.dialect", f"{ORACLE_NAME} beside the weights", "none", remedy)
+    by_depth = any(placeholder in (sidecar.prompt_templates.av or "") for placeholder in DEPTH_PLACEHOLDERS)
+    if told is Dialect.DEPTH and not by_depth:
+        wanted = f"one of {', '.join(DEPTH_PLACEHOLDERS)} (nla.dialect: depth)"
+        raise sidecar.mismatch("prompt_templates.av", wanted, sidecar.prompt_templates.av, "Correct nla.dialect.")
+    if told is not None or sidecar.dialect is not None:
+        return told or sidecar.dialect or Dialect.REPLACE
+    if by_depth:
+        return Dialect.DEPTH
+    return _dialect_of_adapter(sidecar, checkpoint) if checkpoint.base is not None else Dialect.REPLACE
+
+
+def _dialect_of_adapter(sidecar: Sidecar, checkpoint: Checkpoint) -> Dialect:
+    """Verbalizers trained by adding are rsLoRA adapters that need no scale; some note one that they do not use."""
+    stabilized = bool(read_json(checkpoint.folder / ADAPTER_NAME).get("use_rslora"))
+    scaled = sidecar.extraction.injection_scale is not None
+    if stabilized == scaled:
+        found = f"{'rsLoRA' if stabilized else 'LoRA'} adapter {'with' if scaled else 'without'} an injection_scale"
+        raise sidecar.mismatch("the dialect", "one that can be told", found, _AMBIGUOUS)
+    return Dialect.ADD if stabilized else Dialect.REPLACE
+
+
+def oracle_sidecar(checkpoint: Checkpoint, config: NLAConfig) -> Sidecar:
+    """What an activation oracle's ``ao_config.json`` promises, as a sidecar.
+
+    Fields read: ``special_token``, ``prefix_template`` (``{layer}``, ``{placeholders}``), ``hook_onto_layer``,
+    ``steering_coefficient``, ``act_layers`` (or ``layers``, ``layer``); defaults are those of the published oracles.
+
+    Raises:
+        SidecarError: a field is of the wrong type, or another dialect is told.
+        CheckpointError: the file or the base model's ``config.json`` cannot be read.
+    """
+    file = checkpoint.folder / ORACLE_NAME
+    data, model_config = read_json(file), read_model_config(checkpoint.root)
+    if config.dialect not in ("auto", Dialect.ORACLE):
+        raise SidecarError(
+            f"{file} makes this an activation oracle, but nla.dialect is {config.dialect!r}. Correct it."
+        )
+    width = config_width(model_config)
+    try:
+        oracle = OracleSettings(
+            question=config.question or str(data.get("question") or _ORACLE_QUESTION),
+            placeholders=config.placeholders,
+            block=int(data.get("hook_onto_layer", 1)),
+            coefficient=float(data.get("steering_coefficient", 1.0)),
+        )
+        return Sidecar(
+            role=Role.AV,
+            d_model=width or 0,
+            base_checkpoint=data.get("model_name"),
+            extraction_layer_index=config.layer if config.layer is not None else _oracle_layer(data),
+            tokens=Tokens(injection_char=data.get("special_token", _ORACLE_MARKER)),
+            prompt_templates=Templates(av=data.get("prefix_template", _ORACLE_PREFIX)),
+            dialect=Dialect.ORACLE,
+            source=file,
+            target_blocks=config_depth(model_config),
+            oracle=oracle,
+        )
+    except (ValidationError, ValueError, TypeError) as error:
+        raise SidecarError(f"{file}: {error}. Correct the file, or take the one of the release.") from error
+
+
+def _oracle_layer(data: Mapping[str, Any]) -> int | None:
+    """The one layer that an oracle was trained on; None where it reads several."""
+    for key in ("act_layers", "layers", "layer"):
+        found = data.get(key)
+        layers = found if isinstance(found, list) else [found]
+        if len(layers) == 1 and isinstance(layers[0], int):
+            return layers[0]
+    return None
 
 
 def parse_sidecar(data: Mapping[str, Any], source: Path = Path(SIDECAR_NAME)) -> Sidecar:
@@ -276,9 +234,9 @@ def parse_sidecar(data: Mapping[str, Any], source: Path = Path(SIDECAR_NAME)) ->
     Raises:
         SidecarError: a field is missing or of the wrong type; each is named with what was expected and found.
     """
-    if data.get("kind") == "nla_dataset":
+    if data.get("kind") == DATASET_KIND:
         raise SidecarError(
-            f"{source} describes a dataset (kind nla_dataset), not a model. Point to the AV or AR checkpoint."
+            f"{source} describes a dataset (kind {DATASET_KIND}), not a model. Point to the AV or AR checkpoint."
         )
     try:
         return Sidecar.model_validate({**data, "source": source})
@@ -294,7 +252,7 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"{field} is missing"
     if field == "role":
-        return f"role: expected one of {', '.join(_ROLES)}, found {item['input']!r}"
+        return f"role: expected one of {', '.join(ROLES)}, found {item['input']!r}"
     return f"{field}: {item['msg'].lower()}, found {item['input']!r}"
 
 
@@ -335,8 +293,8 @@ def _check_layers(sidecar: Sidecar) -> None:
         raise SidecarError(f"{sidecar.source}: the layer index is given twice and differs: {told}. Keep the right one.")
 
 
-def _check_width(sidecar: Sidecar, folder: Path) -> None:
-    found = config_width(read_model_config(folder))
+def _check_width(sidecar: Sidecar, config: Mapping[str, Any]) -> None:
+    found = config_width(config)
     if found is not None and found != sidecar.d_model:
         remedy = f"The sidecar belongs to another checkpoint, or {CONFIG_NAME} does: take both from the same release."
         raise sidecar.mismatch("d_model", f"{found} (hidden size in {CONFIG_NAME})", sidecar.d_model, remedy)
@@ -352,9 +310,7 @@ def read_model_config(folder: Path) -> Mapping[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        adapter = (folder / "adapter_config.json").exists()
-        remedy = "It is a LoRA adapter: merge it into its base model first" if adapter else "Point to a model folder"
-        raise CheckpointError(f"{folder} has no {CONFIG_NAME}. {remedy}.") from error
+        raise CheckpointError(f"{folder} has no {CONFIG_NAME}. Point to a model folder.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}. Copy it again from the release.") from error
     if not isinstance(data, dict):
@@ -369,4 +325,11 @@ def config_width(config: Mapping[str, Any]) -> int | None:
     """Width of the residual stream named by a ``config.json``; None when it names none."""
     return next(
         (int(config[key]) for key in ("hidden_size", "n_embd", "d_model") if isinstance(config.get(key), int)), None
+    )
+
+
+def config_depth(config: Mapping[str, Any]) -> int | None:
+    """Number of decoder blocks named by a ``config.json``; None when it names none."""
+    return next(
+        (int(config[key]) for key in ("num_hidden_layers", "n_layer") if isinstance(config.get(key), int)), None
     )

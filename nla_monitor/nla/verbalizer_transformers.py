@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla_monitor.config import NLAConfig
 from nla_monitor.errors import TokenizerContractError
+from nla_monitor.nla.attention import use_batched_steps
 from nla_monitor.nla.base import Choice, Likelihood, Verbalization
-from nla_monitor.nla.checkpoint import content_hash, resolve_checkpoint
+from nla_monitor.nla.checkpoint import open_checkpoint
 from nla_monitor.nla.decoding import Draw, SharedPrefixDecoder
+from nla_monitor.nla.explanation import OPEN_TAG, ExplanationReader, stop_ids
 from nla_monitor.nla.injection import Prompt, build_prompt, check_vectors, rescale
+from nla_monitor.nla.injectors import injector_for
 from nla_monitor.nla.likelihood import ContinuationScorer
+from nla_monitor.nla.linear import use_onednn
 from nla_monitor.nla.loading import embedding_weight, load_causal_lm, load_tokenizer
-from nla_monitor.nla.sidecar import Role, Sidecar, load_sidecar
+from nla_monitor.nla.sidecar import Role, Sidecar, sidecar_of
 
-OPEN_TAG = "<explanation>"
-CLOSE_TAG = "</explanation>"
 _OPENING_TOKENS = 16
 """Tokens in which an AV has written its opening tag, where it writes one."""
 
@@ -34,12 +36,13 @@ def load_verbalizer(path: str | Path, config: NLAConfig) -> TransformersVerbaliz
         CheckpointError: it cannot be used; the subclass and message say why and what to do.
         ConfigError: the configured device is not there.
     """
-    folder = resolve_checkpoint(path, revision=config.revision)
-    sidecar = load_sidecar(folder, Role.AV)
-    tokenizer = load_tokenizer(folder)
+    checkpoint = open_checkpoint(path, "av", revision=config.revision, base=config.base)
+    sidecar = sidecar_of(checkpoint, Role.AV, config)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
     prompt = build_prompt(tokenizer, sidecar.verbalizer_contract())
-    model = load_causal_lm(folder, config)
-    return TransformersVerbalizer(model, tokenizer, sidecar, prompt, config=config, content_hash=content_hash(folder))
+    model = load_causal_lm(checkpoint, config)
+    provenance = checkpoint.content_hash(sidecar.source, sidecar.settings)
+    return TransformersVerbalizer(model, tokenizer, sidecar, prompt, config=config, content_hash=provenance)
 
 
 class TransformersVerbalizer:
@@ -65,15 +68,24 @@ class TransformersVerbalizer:
         self.sidecar = sidecar
         self.contract = sidecar.verbalizer_contract()
         self.prompt = prompt
+        use_onednn(model)
+        use_batched_steps(model)
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = config.batch_size
-        self.stop_ids = _stop_ids(model, tokenizer)
+        generation = getattr(model, "generation_config", None)
+        self.stop_ids = stop_ids(
+            tokenizer, getattr(generation, "eos_token_id", None), model.config.get_text_config().eos_token_id
+        )
         _check_vocabulary(prompt.ids, model)
-        self._silent = self.stop_ids - set(_closing_ids(tokenizer)) | _ids(tokenizer.pad_token_id)
-        self._max_new_tokens = config.max_new_tokens
+        self._reader = ExplanationReader(tokenizer, self.stop_ids, tagged=self.contract.tagged)
+        self.max_new_tokens = config.max_new_tokens
         self._decoder = SharedPrefixDecoder(
-            model, prompt, stop_ids=sorted(self.stop_ids), max_new_tokens=config.max_new_tokens
+            model,
+            prompt,
+            stop_ids=sorted(self.stop_ids),
+            max_new_tokens=config.max_new_tokens,
+            injector=injector_for(model, self.contract, prompt.offsets),
         )
         self._scorer = ContinuationScorer(model, tokenizer, batch_size=config.batch_size)
 
@@ -84,7 +96,7 @@ class TransformersVerbalizer:
             ActivationError: a vector is not finite, has zero norm or the wrong width (names the row).
             NonFiniteWeightsError: the model's logits are not finite.
         """
-        return [self._verbalization(tokens) for tokens in self.generate(vectors)]
+        return [self._reader.read(tokens) for tokens in self.generate(vectors)]
 
     def generate(self, vectors: npt.NDArray[np.float32]) -> list[list[int]]:
         """Greedy token ids for each of ``[batch, d_model]``, the stop token included. Raises as ``verbalize``."""
@@ -99,7 +111,7 @@ class TransformersVerbalizer:
 
         Args:
             vectors: raw activations; repeat a row for several draws.
-            seeds: one per row; the same vector, seed and temperature give the same text in any batch.
+            seeds: one per row; the same vector, seed and temperature give the same text in any batch (in float32).
             temperature: of the softmax, above 0.
 
         Raises:
@@ -111,8 +123,17 @@ class TransformersVerbalizer:
             raise ValueError(f"{len(rows)} vectors but {len(seeds)} seeds: give one seed for each vector")
         for start in range(0, len(rows), self.batch_size):
             part = slice(start, start + self.batch_size)
-            found += self._decoder.decode(rows[part], Draw(seeds[part], temperature, self._max_new_tokens))
-        return [self._verbalization(tokens) for tokens in found]
+            found += self._drawn(rows[part], seeds[part], temperature)
+        return [self._reader.read(tokens) for tokens in found]
+
+    def _drawn(self, rows: torch.Tensor, seeds: Sequence[int], temperature: float) -> list[list[int]]:
+        draw = Draw(seeds, temperature)
+        tokens = self._decoder.decode(rows, draw)
+        # In 16 bits rounding is so coarse that most rows would be doubtful: there the batch may change a token.
+        if rows.dtype == torch.float32 and len(rows) > 1:
+            for number in draw.doubtful:
+                tokens[number] = self._decoder.decode(rows[[number]], Draw([seeds[number]], temperature))[0]
+        return tokens
 
     def score_continuations(
         self, vectors: npt.NDArray[np.float32], choices: Sequence[Choice]
@@ -132,7 +153,7 @@ class TransformersVerbalizer:
             Choice(opening + choice.start, choice.options)
             for opening, choice in zip(self._openings(rows), choices, strict=True)
         ]
-        return self._scorer.score(self._decoder.embeddings, rows, opened)
+        return self._scorer.score(self._decoder, rows, opened)
 
     def _openings(self, rows: torch.Tensor) -> list[str]:
         """What the AV writes before each explanation's text: white space, and the opening tag where it is generated."""
@@ -156,48 +177,6 @@ class TransformersVerbalizer:
         """Rows to inject, rescaled in float32 and only then cast to the model's dtype."""
         rows = rescale(check_vectors(vectors, self.d_model), self.contract.injection_scale)
         return torch.from_numpy(rows).to(device=self.model.device, dtype=self.model.dtype)
-
-    def _verbalization(self, tokens: Sequence[int]) -> Verbalization:
-        # Not skip_special_tokens: where the tags are special tokens they would vanish with the rest.
-        kept = [token for token in tokens if token not in self._silent]
-        text, truncated = parse_explanation(str(self.tokenizer.decode(kept, skip_special_tokens=False)))
-        return Verbalization(text=text, truncated=truncated, tokens=len(tokens))
-
-
-def parse_explanation(raw: str) -> tuple[str, bool]:
-    """Text between the explanation tags, stripped, and whether the closing tag is missing.
-
-    A missing opening tag is no fault (some templates end the prompt with it). Half a closing tag is cut off.
-    """
-    body = raw.partition(OPEN_TAG)[2] if OPEN_TAG in raw else raw
-    text, closing, _ = body.partition(CLOSE_TAG)
-    if closing:
-        return text.strip(), False
-    text = text.rstrip()
-    partial = next((length for length in range(len(CLOSE_TAG) - 1, 1, -1) if text.endswith(CLOSE_TAG[:length])), 0)
-    return text[: len(text) - partial].strip(), True
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every end token that config or tokenizer name (Gemma has two), and the closing tag where it is one token."""
-    generation = getattr(model, "generation_config", None)
-    named = (
-        getattr(generation, "eos_token_id", None),
-        model.config.get_text_config().eos_token_id,
-        tokenizer.eos_token_id,
-    )
-    return set().union(*(_ids(value) for value in named), _closing_ids(tokenizer))
-
-
-def _closing_ids(tokenizer: PreTrainedTokenizerBase) -> Collection[int]:
-    ids = tokenizer.encode(CLOSE_TAG, add_special_tokens=False)
-    return ids if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else ()
-
-
-def _ids(value: object) -> set[int]:
-    if isinstance(value, int):
-        return {value}
-    return {int(item) for item in value} if isinstance(value, list | tuple) else set()
 
 
 def _check_vocabulary(ids: Sequence[int], model: PreTrainedModel) -> None:

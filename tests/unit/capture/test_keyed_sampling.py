@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from nla_monitor.capture import policy as kinds
 from nla_monitor.capture import sampling
-from nla_monitor.capture.keys import hash_of, hex_of, mix, mix_int, mix_tensor
+from nla_monitor.capture.keys import hash_of, hex_of
 from nla_monitor.capture.policy import build_policy, whole
 from nla_monitor.capture.sampling import choose, real_tokens
 from nla_monitor.config import CaptureConfig
+from nla_monitor.mixing import mix, mix_int, mix_tensor
 from nla_monitor.records import Phase
 
 Sequences = list[list[int]]

@@ -298,6 +298,22 @@ def test_doctor_says_what_is_not_usable_and_why(cli: Any, options: list[str], ab
     assert message in checks(result)[about]["detail"]
 
 
+def test_doctor_reads_given_activations_and_finds_a_wrong_dialect(cli: Any, tmp_path: Path) -> None:
+    import numpy as np
+
+    file = tmp_path / "activations.npy"
+    np.save(file, np.random.default_rng(0).standard_normal((6, 128)).astype(np.float32))
+    result = cli("doctor", "--database", tmp_path / "none.db", "--json", "--dialect", "add", "--activations", file)
+    found = checks(result)
+    assert "6 given have median" in found["self-test norm_range"]["detail"] or "no injection scale" in str(found)
+    assert "dialect add" in found["av"]["detail"]
+    assert found["self-test dialect_reads_best"]["detail"].startswith("beyond shuffled texts, reading by add")
+    (tmp_path / "broken.npy").write_bytes(b"no array")
+    broken = cli("doctor", "--json", "--activations", tmp_path / "broken.npy")
+    assert "cannot be read" in checks(broken)["self-test"]["detail"]
+    assert "dialect = 'sideways'" in checks(cli("doctor", "--json", "--dialect", "sideways"))["config"]["detail"]
+
+
 def test_doctor_refuses_a_model_of_another_shape(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 9})

@@ -10,13 +10,14 @@ from nla_checkpoints import CONFIG, prompt_ids
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from nla_monitor.nla.checkpoint import Checkpoint
 from nla_monitor.nla.kv import BufferedPrefix, CopiedPrefix, PrefixCache, share_prefix
 from nla_monitor.nla.loading import load_causal_lm
 
 
 @pytest.fixture(scope="module")
 def model(checkpoints: Path, family: str) -> PreTrainedModel:
-    return load_causal_lm(checkpoints / family / "av", CONFIG)
+    return load_causal_lm(Checkpoint(checkpoints / family / "av"), CONFIG)
 
 
 def prefix_of(model: PreTrainedModel, family: str) -> DynamicCache:

@@ -49,7 +49,7 @@ def test_a_cold_draw_is_greedy_and_a_hot_one_is_not(verbalizer: TransformersVerb
 @given(st.lists(st.floats(-8, 8), min_size=2, max_size=12), st.floats(0.2, 3.0))
 def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(logits: list[float], temperature: float) -> None:
     rows = 2000
-    draw = Draw(list(range(rows)), temperature, 1)
+    draw = Draw(list(range(rows)), temperature)
     tokens = draw(torch.tensor([logits]).expand(rows, -1), torch.arange(rows), 0)
     shares = torch.bincount(tokens, minlength=len(logits)) / rows
     expected = (torch.tensor(logits).double() / temperature).softmax(0)
@@ -59,7 +59,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(logits: list[flo
 def test_a_token_without_probability_is_never_drawn() -> None:
     logits = torch.full((500, 6), -torch.inf)
     logits[:, 3] = 0.0
-    tokens = Draw(list(range(500)), 1.0, 1)(logits, torch.arange(500), 0)
+    tokens = Draw(list(range(500)), 1.0)(logits, torch.arange(500), 0)
     assert set(tokens.tolist()) == {3}
 
 

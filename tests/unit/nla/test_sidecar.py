@@ -208,8 +208,9 @@ def test_a_missing_or_broken_config_is_named(damaged: Copy) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="Point to a model folder"):
         load_sidecar(folder, "av")
+    (folder / "model.safetensors").unlink()
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="LoRA adapter: merge it"):
+    with pytest.raises(CheckpointError, match=r"LoRA adapter and names no base model. Set nla.base"):
         load_sidecar(folder, "av")
 
 

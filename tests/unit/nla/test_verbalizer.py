@@ -32,7 +32,7 @@ from nla_monitor.errors import (
     TokenizerContractError,
 )
 from nla_monitor.nla import TransformersVerbalizer, load_verbalizer
-from nla_monitor.nla.verbalizer_transformers import parse_explanation
+from nla_monitor.nla.explanation import parse_explanation
 
 Copy = Callable[[str], Path]
 Vectors = npt.NDArray[np.float32]
