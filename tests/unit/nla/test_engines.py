@@ -372,8 +372,13 @@ def test_a_server_that_went_away_is_checked_again_when_it_is_back(folder: Path, 
     served.close()
 
 
-def test_an_interrupt_takes_requests_back(folder: Path, toy: Any, vectors: Vectors) -> None:
+def test_an_interrupt_takes_requests_back(
+    folder: Path, toy: Any, vectors: Vectors, request: pytest.FixtureRequest
+) -> None:
     """Ctrl-C while the server thinks: the caller is free at once."""
+    # A shell starts background jobs deaf to it.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, heard))
     server = toy()
     with connected(server, folder) as served:
         served.check()
