@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -12,7 +14,7 @@ from nla_checkpoints import tokenizer_of
 
 from nla_monitor.nla import TransformersVerbalizer
 from nla_monitor.nla.base import Choice, ClaimScorer, Resampler
-from nla_monitor.nla.decoding import Draw
+from nla_monitor.nla.decoding import Draw, _gumbel
 
 Vectors = npt.NDArray[np.float32]
 SHARED = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -125,3 +127,29 @@ def test_any_words_have_a_likelihood(
     (found,) = verbalizer.score_continuations(vectors[:1], [Choice(start, tuple(options))])
     assert len(found) == len(options)
     assert all(one.logprob <= 1e-3 and one.tokens >= 0 for one in found)
+
+
+@pytest.mark.parametrize(("difference", "doubtful"), [(1e-4, [0]), (1e-2, [])])
+def test_a_draw_that_rounding_could_turn_is_doubtful(difference: float, doubtful: list[int]) -> None:
+    """The noise of two tokens is taken back, so that their scores are ``difference`` apart; a third is far below."""
+    noise = _gumbel(Draw([5], 1.0)._keys, 0, 3)[0]
+    logits = torch.stack([-noise[0], difference - noise[1], -noise[2] - 50.0])
+    draw = Draw([5], 1.0)
+    assert draw(logits.unsqueeze(0), torch.arange(1), 0).tolist() == [1]
+    assert draw.doubtful == doubtful
+
+
+def test_doubtful_rows_are_drawn_alone(
+    verbalizer: TransformersVerbalizer, vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = verbalizer.resample(vectors[:6], range(6))
+    decode, sizes = verbalizer._decoder.decode, []
+
+    def counted(rows: torch.Tensor, *arguments: Any) -> list[list[int]]:
+        sizes.append(len(rows))
+        return decode(rows, *arguments)
+
+    monkeypatch.setattr(verbalizer._decoder, "decode", counted)
+    monkeypatch.setattr("nla_monitor.nla.decoding.CLOSE", 1e9)
+    assert verbalizer.resample(vectors[:6], range(6)) == expected
+    assert sizes == [6, 1, 1, 1, 1, 1, 1]
