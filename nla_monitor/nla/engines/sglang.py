@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nla_monitor.nla.engines.prompting import PromptEmbeddings
-from nla_monitor.nla.engines.wire import SEED_MASK, AnswerError, Completion, Sampling, integers
+from nla_monitor.nla.engines.wire import SEED_MASK, AnswerError, Completion, Sampling, decoding, integers
 
 
 class SglangWire:
@@ -82,16 +82,7 @@ def _body(sampling: Sampling, **prompt: object) -> bytes:
     seed = {} if sampling.seed is None else {"sampling_seed": sampling.seed & SEED_MASK}
     parameters = {
         "max_new_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": 1.0,
-        "top_k": -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "stop_token_ids": list(sampling.stop_ids),
-        "skip_special_tokens": False,
-        "spaces_between_special_tokens": False,
+        **decoding(sampling),
         "no_stop_trim": True,
     }
     return json.dumps({"sampling_params": parameters | seed, "stream": False} | prompt).encode()

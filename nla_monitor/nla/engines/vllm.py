@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nla_monitor.nla.engines.prompting import PromptEmbeddings
-from nla_monitor.nla.engines.wire import SEED_MASK, AnswerError, Completion, Sampling, integers
+from nla_monitor.nla.engines.wire import SEED_MASK, AnswerError, Completion, Sampling, decoding, integers
 
 
 class VllmWire:
@@ -50,17 +50,8 @@ class VllmWire:
         model = {} if self.model is None else {"model": self.model}
         request = {
             "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "stop_token_ids": list(sampling.stop_ids),
+            **decoding(sampling),
             "include_stop_str_in_output": True,
-            "skip_special_tokens": False,
-            "spaces_between_special_tokens": False,
             "return_token_ids": True,
             "stream": False,
         }

@@ -82,6 +82,22 @@ class Wire(Protocol):
         ...
 
 
+def decoding(sampling: Sampling) -> dict[str, object]:
+    """What both servers call alike: every default that could change a text is said, nothing is cut from an answer."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop_token_ids": list(sampling.stop_ids),
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+    }
+
+
 def integers(value: Any) -> tuple[int, ...] | None:
     """A list of token ids, or None where there is none."""
     if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
