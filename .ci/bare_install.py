@@ -39,6 +39,7 @@ def main() -> None:
     run("--version", expect=0)
     run("rules", "test", "oversight", expect=0)
     run("db", "upgrade", "--database", "sqlite:///bare.db", expect=0)
+    run("assets", "write", "assets", "--json", expect=0)
     run("alerts", "list", "--json", "--database", "sqlite:///bare.db", expect=0)
     run("doctor", "--av", "organism:planted/av", "--ar", "organism:planted/ar", expect=0)
     run("worker", "--once", "--database", "sqlite:///bare.db", expect=0)

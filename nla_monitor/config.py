@@ -240,6 +240,14 @@ class AlertConfig(_Section):
     stop_on: Severity | None = Field(None, description="stop training at an alert of this severity or above")
     log: bool = Field(default=True, description="log alerts in the host process")
     webhook: str | None = Field(None, description="URL that gets each alert as JSON (Alertmanager webhook, version 4)")
+    alertmanager: tuple[str, ...] = Field(
+        (),
+        description="base URLs of Alertmanagers, all replicas of a cluster: alerts are posted there, and posted again "
+        "while they fire",
+    )
+    notify: tuple[str, ...] = Field(
+        (), description="Apprise URLs (slack://, pagerduty://, mailtos://, discord:// and the like) that get alerts"
+    )
 
 
 class TelemetryConfig(_Section):

@@ -27,6 +27,7 @@ from nla_monitor.errors import AttachError, StoreError
 from nla_monitor.guard import Guard
 from nla_monitor.nla.sidecar import load_sidecar
 from nla_monitor.organism import resolve
+from nla_monitor.outlets import SECRET_OUTLETS, sinks_of
 from nla_monitor.records import (
     ActivationSample,
     AgentContext,
@@ -45,7 +46,7 @@ from nla_monitor.store.session import open_engine, prepare
 from nla_monitor.supervisor import WorkerProcess, current_folder
 from nla_monitor.telemetry import Telemetry
 from nla_monitor.watched import Watched, layers_of, screens_of
-from nla_monitor.worker import Worker, check_pair, sinks_of
+from nla_monitor.worker import Worker, check_pair
 
 logger = logging.getLogger("nla_monitor")
 
@@ -221,7 +222,7 @@ class Monitor:
         name = self.config.run_name or time.strftime("%Y-%m-%d %H:%M:%S")
         model_name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         # URLs may hold passwords and tokens.
-        settings = self.config.model_dump(mode="json", exclude={"database": True, "alerts": {"webhook"}})
+        settings = self.config.model_dump(mode="json", exclude={"database": True, "alerts": SECRET_OUTLETS})
         self.repository.start_run(RunInfo(self.run_id, name, model_name, self.layer, time.time(), config=settings))
 
     def _start_worker(self) -> None:

@@ -61,6 +61,8 @@ ATTR_BATCH_SOURCES: Final = "nla_monitor.batch.sources"  # distinct source trace
 ATTR_REASON: Final = "reason"
 ATTR_PLACE: Final = "place"
 ATTR_OUTCOME: Final = "outcome"
+ATTR_TRIAGE: Final = "label"
+ATTR_STATE: Final = "state"
 
 # Metrics (no ``_total``: exporters add it); unit beside the name
 METRIC_SAMPLED: Final = "nla_monitor.activations.sampled"  # {activation}
@@ -75,4 +77,16 @@ METRIC_ALERTS: Final = "nla_monitor.alerts"  # {alert}, by rule and severity
 METRIC_VOIDED: Final = "nla_monitor.guarantees.voided"  # {guarantee}, by rule: drift ended what a calibration promised
 METRIC_UNJUDGED: Final = "nla_monitor.unjudged"  # {reading}, by rule: no judge or model could be asked
 METRIC_FVE: Final = "nla_monitor.fidelity.fve"  # 1
+METRIC_UNEXPLAINED: Final = "nla_monitor.fidelity.unexplained"  # 1, that is 1 - FVE: never negative
 METRIC_CAPTURE_DURATION: Final = "nla_monitor.capture.overhead"  # s, host time per sampled forward
+# Levels that each worker reads from the store: the same in all workers of a database, so aggregate with max, not sum
+METRIC_QUEUE_AGE: Final = "nla_monitor.queue.age"  # s, of the oldest sample that no worker has finished
+METRIC_RUNS_ACTIVE: Final = "nla_monitor.runs.active"  # {run}
+METRIC_STORE_DROPS: Final = "nla_monitor.store.drops"  # {activation}, by reason; all runs, only ever grows
+METRIC_STORE_FAILURES: Final = "nla_monitor.store.failures"  # {activation}, given up by the workers
+METRIC_ALERTS_FIRING: Final = "nla_monitor.alerts.firing"  # {alert}, by rule and severity
+METRIC_ALERTS_LABELLED: Final = "nla_monitor.alerts.labelled"  # {alert}, by rule and label
+METRIC_GUARANTEES_VOID: Final = "nla_monitor.guarantees.void"  # {guarantee}, by rule, of runs that go on
+METRIC_GUARANTEES_STANDING: Final = "nla_monitor.guarantees.standing"  # {guarantee}, by rule, of runs that go on
+METRIC_OUTBOX: Final = "nla_monitor.outbox.size"  # {message}, by state: pending or dead
+METRIC_HEARTBEAT: Final = "nla_monitor.worker.heartbeat"  # s, Unix time of this worker's last look at the store

@@ -22,7 +22,7 @@ from sqlalchemy import Engine
 
 from nla_monitor.alerts.judge import Clock, Judge
 from nla_monitor.alerts.lifecycle import Event
-from nla_monitor.alerts.sinks import LogSink, Sink, WebhookSink, drain
+from nla_monitor.alerts.sinks import Sink, drain
 from nla_monitor.baseline import LiveGuarantees
 from nla_monitor.calibrate import Guarantees, RunWatch, Voided
 from nla_monitor.config import MonitorConfig
@@ -44,6 +44,7 @@ from nla_monitor.nla.engines import greet, open_verbalizer, release
 from nla_monitor.nla.fidelity import record_of
 from nla_monitor.nla.injection import bad_rows
 from nla_monitor.organism import resolve
+from nla_monitor.outlets import Reminder, sinks_of
 from nla_monitor.records import (
     ActivationSample,
     Alert,
@@ -67,6 +68,7 @@ from nla_monitor.store.session import open_engine, prepare
 from nla_monitor.store.surroundings import Surroundings
 from nla_monitor.store.transaction import WorkerTransaction
 from nla_monitor.telemetry import Telemetry
+from nla_monitor.vitals import Vitals
 
 logger = logging.getLogger("nla_monitor.worker")
 
@@ -157,7 +159,9 @@ class Worker:
         self._calibrated = LiveGuarantees(engine, self.rules, self.verbalizer.content_hash, ar_hash, run=self._run_info)
         self.telemetry = telemetry or Telemetry(config=config.telemetry)
         self.telemetry.expect_rules(self.rules.headers.values())
+        self._vitals = Vitals(engine, self.telemetry, self.rules.headers.values())
         self.sinks = list(sinks) if sinks is not None else sinks_of(config)
+        self._reminder = Reminder(self.repository, self.sinks)
         self._responses = {key: header.responses for key, header in self.rules.headers.items()}
         self._catching_up = True
 
@@ -222,6 +226,7 @@ class Worker:
         """
         lease = self.spool.lease(self.owner, self.config.nla.batch_size, self.config.worker.lease_seconds)
         if not lease.samples:
+            self._vitals.tick()
             self._catch_up()
             self._deliver()
             return 0
@@ -447,11 +452,11 @@ class Worker:
             self.telemetry.guarantee_voided(voided.rule_id)
         for alert, event in batch.changed:
             self.telemetry.alert(alert, event, delay=time.time() - alert.fired_at)
-        depth = self.spool.depth()
-        self.telemetry.queue_size(depth.waiting + depth.leased)
+        self._vitals.tick()
 
     def _deliver(self) -> None:
         drain(self.repository, self.sinks, responses=self._responses)
+        self._reminder.tick()
 
     def close(self) -> None:
         """Give connections back: the database's, and those to a server that runs the AV."""
@@ -478,18 +483,6 @@ def check_pair(av: _Half, ar: _Half) -> None:
     layers = getattr(av, "layer", None), getattr(ar, "layer", None)
     if None not in layers and layers[0] != layers[1]:
         raise ConfigError(f"the AV reads block {layers[0]}, the AR block {layers[1]}: nla.av and nla.ar are no pair")
-
-
-def sinks_of(config: MonitorConfig) -> list[Sink]:
-    """The sinks that a config names.
-
-    Raises:
-        ConfigError: the webhook is no http(s) URL.
-    """
-    sinks: list[Sink] = [LogSink()]
-    if config.alerts.webhook is not None:
-        sinks.append(WebhookSink(config.alerts.webhook))
-    return sinks
 
 
 def _said(error: BaseException) -> str:

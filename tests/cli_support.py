@@ -135,8 +135,12 @@ def alert_of(exhibit: Reading, number: int, **changes: Any) -> Alert:
 
 
 def fill(path: Path) -> str:
+    """An SQLite file with what ``fill_store`` puts there; returns its URL."""
+    return fill_store(f"sqlite:///{path}")
+
+
+def fill_store(url: str) -> str:
     """A run with 40 readings over 8 steps, of which more and more match, an agent part, 4 alerts; returns the URL."""
-    url = f"sqlite:///{path}"
     engine = open_engine(url)
     prepare(engine)
     repository = Repository(engine, clock=lambda: STARTED + 500)

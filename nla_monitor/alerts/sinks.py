@@ -20,8 +20,8 @@ CLAIM_SECONDS: Final = 120.0
 """How long a claimed item is hidden from other workers; longer than all sinks together may take for one."""
 FIRST_DELAY: Final = 2.0
 LONGEST_DELAY: Final = 600.0
-_NAMED_SINKS: Final = frozenset({"log", "webhook"})
-"""Sinks that a rule's ``response`` may name."""
+_NAMED_SINKS: Final = {"log": "log", "webhook": "webhook", "alertmanager": "webhook", "notify": "webhook"}
+"""Sinks that a rule's ``response`` may name, by the start of their name: all that leave the machine are ``webhook``."""
 MAX_ATTEMPTS: Final = 12
 """Over an hour of retries with the delays above."""
 
@@ -121,7 +121,8 @@ def drain(
         outbox: what is to be told.
         sinks: whom to tell.
         responses: by rule id, what its alerts may set off. A rule that names responses reaches the sinks called ``log``
-            and ``webhook`` only if it names them; sinks of another name are the host's own and always hear.
+            and ``webhook`` (Alertmanagers and notifications count as such) only if it names them; sinks of another
+            name are the host's own and always hear.
         limit: items in one pass.
         clock: Unix seconds.
 
@@ -179,7 +180,8 @@ class _Pass:
 
     def _may_tell(self, sink: Sink, alert: Alert) -> bool:
         named = self._responses.get(alert.rule_id)
-        return named is None or sink.name not in _NAMED_SINKS or sink.name in named
+        kind = _NAMED_SINKS.get(sink.name.partition(":")[0])
+        return named is None or kind is None or kind in named
 
     def _settle(self, item: _Item, have: set[str], errors: dict[str, DeliveryError], waiting: bool) -> None:
         now = self._clock()

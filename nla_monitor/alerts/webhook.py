@@ -42,6 +42,9 @@ class WebhookSink:
         ConfigError: the URL is no http(s) URL.
     """
 
+    key = "alerts.webhook"
+    """Where the config has the URL; for messages."""
+
     def __init__(
         self,
         url: str,
@@ -66,9 +69,9 @@ class WebhookSink:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
         except ValueError as error:
-            raise ConfigError("alerts.webhook is no URL; give http://HOST/PATH or https://HOST/PATH") from error
+            raise ConfigError(f"{self.key} is no URL; give http://HOST/PATH or https://HOST/PATH") from error
         if parts.scheme not in ("http", "https") or not host:
-            raise ConfigError("alerts.webhook must be an http:// or https:// URL with a host")
+            raise ConfigError(f"{self.key} must be an http:// or https:// URL with a host")
         if parts.username is not None:
             pair = base64.b64encode(f"{parts.username}:{parts.password or ''}".encode()).decode()
             self._headers["Authorization"] = f"Basic {pair}"
@@ -84,8 +87,16 @@ class WebhookSink:
             DeliveryError: refused, unreachable or silent for too long.
         """
         del kind  # the alert's state says it
-        body = json.dumps(payload(alert, content=self._content, external_url=self._external_url)).encode()
-        request = urllib.request.Request(self._url, data=body, headers=self._headers, method="POST")  # noqa: S310 -- scheme checked above
+        self.post(payload(alert, content=self._content, external_url=self._external_url))
+
+    def post(self, body: object) -> None:
+        """Post something as JSON.
+
+        Raises:
+            DeliveryError: refused, unreachable or silent for too long.
+        """
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(self._url, data=data, headers=self._headers, method="POST")  # noqa: S310 -- scheme checked above
         try:
             with self._opener.open(request, timeout=self._timeout):
                 return
@@ -105,8 +116,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def payload(alert: Alert, *, content: bool = False, external_url: str = "") -> dict[str, Any]:
     """The webhook's JSON (https://prometheus.io/docs/alerting/latest/configuration/#webhook_config)."""
-    labels = _labels(alert)
-    annotations = _annotations(alert, content=content)
+    labels = labels_of(alert)
+    annotations = annotations_of(alert, content=content)
     return {
         "version": "4",
         "groupKey": f'{{}}:{{alertname="{labels["alertname"]}", fingerprint="{alert.fingerprint}"}}',
@@ -122,8 +133,8 @@ def payload(alert: Alert, *, content: bool = False, external_url: str = "") -> d
                 "status": str(alert.state),
                 "labels": labels,
                 "annotations": annotations,
-                "startsAt": _rfc3339(alert.fired_at),
-                "endsAt": _rfc3339(alert.resolved_at) if alert.state is AlertState.RESOLVED else _NEVER,
+                "startsAt": rfc3339(alert.fired_at),
+                "endsAt": rfc3339(alert.resolved_at) if alert.state is AlertState.RESOLVED else _NEVER,
                 "generatorURL": external_url,
                 "fingerprint": alert.fingerprint,
             }
@@ -131,7 +142,8 @@ def payload(alert: Alert, *, content: bool = False, external_url: str = "") -> d
     }
 
 
-def _labels(alert: Alert) -> dict[str, str]:
+def labels_of(alert: Alert) -> dict[str, str]:
+    """What identifies an alert: stable, and of few values."""
     return {
         "alertname": "NlaMonitorRuleFired",
         "rule": alert.rule_id,
@@ -141,7 +153,8 @@ def _labels(alert: Alert) -> dict[str, str]:
     }
 
 
-def _annotations(alert: Alert, *, content: bool) -> dict[str, str]:
+def annotations_of(alert: Alert, *, content: bool = False) -> dict[str, str]:
+    """What is told of an alert; quote, explanation and context only when asked for."""
     facts: dict[str, object] = {
         "summary": alert.rule_title,
         "alert_id": alert.alert_id,
@@ -163,7 +176,8 @@ def _annotations(alert: Alert, *, content: bool) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
-def _rfc3339(seconds: float | None) -> str:
+def rfc3339(seconds: float | None) -> str:
+    """A moment as Alertmanager writes it; None: the moment that stands for never."""
     if seconds is None:
         return _NEVER
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -40,6 +40,7 @@ _COMMANDS: Final = {
     "rules": "nla_monitor.cli.rules_command:app",
     "report": "nla_monitor.cli.report_command:report",
     "db": "nla_monitor.cli.db_command:app",
+    "assets": "nla_monitor.cli.assets_command:app",
     "doctor": "nla_monitor.cli.doctor_command:doctor",
 }
 """Name of the command and where it lives: a Typer application (a group) or a function (one command)."""

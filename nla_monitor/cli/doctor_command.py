@@ -46,6 +46,7 @@ _EXTRAS: Final = {
     "adapters": ("peft", "AV and AR as LoRA adapters"),
     "quantized": ("bitsandbytes", "4-bit weights, on a GPU"),
     "parquet": ("pyarrow", "Parquet files"),
+    "notify": ("apprise", "alerts by Slack, PagerDuty, e-mail, Discord and others"),
 }
 _STYLES: Final = {"ok": "green", "note": "yellow", "problem": "bold red"}
 

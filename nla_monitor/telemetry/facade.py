@@ -6,7 +6,7 @@ method raises: a fault of a provider, processor or exporter is logged once and c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -168,7 +168,10 @@ class Telemetry:
                 labels = {semconv.ATTR_RULE: header.rule_id}
                 self._metrics.matches.add(0, labels)
                 self._metrics.voided.add(0, labels)
+                self._metrics.unjudged.add(0, labels)
                 self._metrics.alerts.add(0, {**labels, semconv.ATTR_SEVERITY: header.severity.value})
+            for outcome in ("ok", "error"):
+                self._metrics.verbalizations.add(0, {semconv.ATTR_OUTCOME: outcome})
 
     # -- numbers -----------------------------------------------------------------------------------------------
 
@@ -210,11 +213,23 @@ class Telemetry:
                 source = source_context(reading.sample.traceparent)
                 labels = {semconv.ATTR_PHASE: reading.sample.phase.value}
                 self._metrics.fve.record(reading.fidelity.fve, labels, context=source)
+                self._metrics.unexplained.record(max(1.0 - reading.fidelity.fve, 0.0), labels, context=source)
 
     def queue_size(self, count: int) -> None:
         """``count`` activations wait for a worker or are in its hands."""
         with self._guard("telemetry.queue_size"):
             self._metrics.queue_size.set(count)
+
+    def level(self, metric: str, value: float, labels: Mapping[str, str] | None = None) -> None:
+        """Set one of the levels that are read from the store.
+
+        Args:
+            metric: a name of ``metrics.LEVELS``; its unit is there.
+            value: as it is now.
+            labels: of few values only.
+        """
+        with self._guard("telemetry.level"):
+            self._metrics.levels[metric].set(value, labels or {})
 
     def capture_duration(self, seconds: float) -> None:
         """Host time that one sampled forward pass cost."""

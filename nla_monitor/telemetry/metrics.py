@@ -20,6 +20,22 @@ VERBALIZE_SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10
 DELAY_SECONDS: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0)
 # FVE is 1 for a perfect reconstruction, 0 for the mean vector, negative for worse.
 FVE: Final = (-1.0, -0.5, -0.25, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+# 1 - FVE: 0 is perfect, 1 the mean vector.
+UNEXPLAINED: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0)
+
+LEVELS: Final = (
+    (semconv.METRIC_QUEUE_AGE, "s", "Age of the oldest activation that no worker has finished"),
+    (semconv.METRIC_RUNS_ACTIVE, "{run}", "Runs that have begun and not ended"),
+    (semconv.METRIC_STORE_DROPS, "{activation}", "Sampled activations that were not stored, by reason, of all runs"),
+    (semconv.METRIC_STORE_FAILURES, "{activation}", "Activations that the workers have given up"),
+    (semconv.METRIC_ALERTS_FIRING, "{alert}", "Alerts that fire and were not labelled a mistake, by rule and severity"),
+    (semconv.METRIC_ALERTS_LABELLED, "{alert}", "Alerts by rule and by what a person said of them"),
+    (semconv.METRIC_GUARANTEES_VOID, "{guarantee}", "Guarantees that drift has ended, in runs that go on, by rule"),
+    (semconv.METRIC_GUARANTEES_STANDING, "{guarantee}", "Guarantees that stand, in runs that go on, by rule"),
+    (semconv.METRIC_OUTBOX, "{message}", "Messages about alerts that are not delivered, by state"),
+    (semconv.METRIC_HEARTBEAT, "s", "Unix time at which this worker last looked at the store"),
+)
+"""What a worker reads from the store now and then: name, unit, description."""
 
 
 class Instruments:
@@ -67,9 +83,17 @@ class Instruments:
             "Fidelity of explanations: fraction of variance explained (denominator as in the sidecar)",
             explicit_bucket_boundaries_advisory=FVE,
         )
+        # An FVE may be negative, and of a histogram with negative bounds Prometheus gets no sum and count, as of this.
+        self.unexplained = meter.create_histogram(
+            semconv.METRIC_UNEXPLAINED,
+            "1",
+            "What explanations leave out: 1 - FVE (denominator as in the sidecar)",
+            explicit_bucket_boundaries_advisory=UNEXPLAINED,
+        )
         self.capture_duration = meter.create_histogram(
             semconv.METRIC_CAPTURE_DURATION,
             "s",
             "Host time per sampled forward pass",
             explicit_bucket_boundaries_advisory=CAPTURE_SECONDS,
         )
+        self.levels = {name: meter.create_gauge(name, unit, said) for name, unit, said in LEVELS}

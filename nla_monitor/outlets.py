@@ -1,0 +1,87 @@
+"""Where a worker's alerts go, as the config names it; and who must be told again while an alert fires."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from nla_monitor.alerts.alertmanager import RESEND, AlertmanagerSink
+from nla_monitor.alerts.notify import AppriseSink
+from nla_monitor.alerts.sinks import DeliveryError, LogSink, Sink, WebhookSink
+from nla_monitor.config import MonitorConfig
+from nla_monitor.records import Alert, AlertState
+from nla_monitor.store.health import MISTAKES
+from nla_monitor.store.repository import Repository
+
+logger = logging.getLogger("nla_monitor.alerts")
+
+SECRET_OUTLETS: Final[set[str]] = {"webhook", "alertmanager", "notify"}
+"""Keys of ``alerts`` that may hold tokens: never stored with a run."""
+_MANY: Final = 500
+"""Alerts in one post to an Alertmanager, newest first."""
+
+
+def sinks_of(config: MonitorConfig) -> list[Sink]:
+    """The sinks that a config names.
+
+    Raises:
+        ConfigError: a URL is none, or of a service that nobody knows.
+        MissingExtraError: ``alerts.notify`` is used without the extra ``notify``.
+    """
+    alerts = config.alerts
+    sinks: list[Sink] = [LogSink()]
+    if alerts.webhook is not None:
+        sinks.append(WebhookSink(alerts.webhook))
+    sinks += [AlertmanagerSink(url, number=number) for number, url in enumerate(alerts.alertmanager)]
+    sinks += [AppriseSink(url, number=number) for number, url in enumerate(alerts.notify)]
+    return sinks
+
+
+class Reminder:
+    """Posts what fires to the Alertmanagers again, every ``RESEND`` seconds.
+
+    It reads the store, so that a restart of the worker changes nothing.
+
+    Args:
+        repository: what fires.
+        sinks: of which the Alertmanagers are reminded.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self, repository: Repository, sinks: Sequence[Sink], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._repository = repository
+        self._sinks = [sink for sink in sinks if isinstance(sink, AlertmanagerSink)]
+        self._clock = clock
+        self._due = clock()
+        self._down: set[str] = set()
+
+    def tick(self) -> None:
+        """Remind them, if it is time. One that is down costs its timeout, and is told of in the log once.
+
+        Raises:
+            StoreUnavailableError: the store can't be read.
+        """
+        if not self._sinks or self._clock() < self._due:
+            return
+        alerts = [alert for alert in self._repository.alerts(state=AlertState.FIRING, limit=_MANY) if _stands(alert)]
+        for sink in self._sinks:
+            self._remind(sink, alerts)
+        self._due = self._clock() + RESEND
+
+    def _remind(self, sink: AlertmanagerSink, alerts: Sequence[Alert]) -> None:
+        try:
+            sink.remind(alerts)
+        except DeliveryError as error:
+            if sink.name not in self._down:
+                logger.warning("%s is not reminded of what fires, trying on: %s", sink.name, error)
+            self._down.add(sink.name)
+        else:
+            self._down.discard(sink.name)
+
+
+def _stands(alert: Alert) -> bool:
+    return alert.triage not in MISTAKES
