@@ -36,6 +36,7 @@ from nla_monitor.errors import (
     StoreUnavailableError,
 )
 from nla_monitor.evidence import AWAITED, awaiting, best_shown, collect_evidence, completed, recurred
+from nla_monitor.leaving import busy
 from nla_monitor.nla import load_reconstructor
 from nla_monitor.nla.base import PartialReadError, Reconstructor, Verbalization, Verbalizer
 from nla_monitor.nla.domains import denominators_for
@@ -176,7 +177,8 @@ class Worker:
         while not stop.is_set():
             finishing = drain_and_stop is not None and drain_and_stop.is_set()
             try:
-                worked = self.run_once()
+                with busy():
+                    worked = self.run_once()
                 faults, away_since, pause = 0, 0.0, self.config.worker.poll_seconds
             except (StoreUnavailableError, EngineError) as error:
                 who = "store" if isinstance(error, StoreUnavailableError) else "AV's server"

@@ -217,7 +217,9 @@ class Pace:
         limit, expected, number = policy.sequences, self._forwards, self._forward
         sure = taken = max(0, limit - self._taken)
         lot = 0.0
-        if number < expected:
+        if number < expected == 1:  # as in most runs: nothing to divide, nothing to draw lots for
+            sure = taken = limit
+        elif number < expected:
             start = score_int(policy.seed, SALT_FORWARD, self._step or 0, 0) % expected
             taken = ((number + 1) * limit + start) // expected - (number * limit + start) // expected
             sure, lot = limit // expected, limit % expected / expected

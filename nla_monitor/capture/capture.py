@@ -36,6 +36,7 @@ from nla_monitor.capture.attachable import (
 from nla_monitor.capture.budget import Pace
 from nla_monitor.capture.generation import Generation
 from nla_monitor.capture.held import HeldJob, HeldPool
+from nla_monitor.capture.hostwork import HostWork
 from nla_monitor.capture.layers import find_blocks
 from nla_monitor.capture.planning import (
     HeldPlan,
@@ -156,7 +157,7 @@ class Capture:
         self._tapped: Counter[int] = Counter()
         """Forwards that were gathered, by layer."""
         self._skipped: Counter[str] = Counter()
-        self._host_seconds = 0.0
+        self._ours = HostWork()
 
     # What the host calls.
 
@@ -254,7 +255,7 @@ class Capture:
             dropped=self._stager.dropped,
             skipped=dict(self._skipped),
             unmatched_sessions=self.sessions.unmatched,
-            host_seconds=self._host_seconds,
+            host_seconds=self._ours.seconds,
             retries=self._stager.retries,
         )
 
@@ -445,17 +446,6 @@ class Capture:
         return tensor
 
     # Helpers.
-
-    @contextmanager
-    def _ours(self) -> Iterator[None]:
-        """Work of ours in a host thread: timed; its tensors are ordinary ones even under the host's inference mode."""
-        started = time.thread_time()
-        try:
-            with torch.inference_mode(mode=False), torch.no_grad():
-                yield
-        finally:
-            with self._count_lock:
-                self._host_seconds += time.thread_time() - started
 
     def _release(self, local: _Local, *, keep_level: bool = False) -> None:
         plan, local.plan = local.plan, None

@@ -40,7 +40,11 @@ class Inputs:
     @classmethod
     def copied(cls, ids: Tensor, mask: Tensor | None, labels: Tensor | None, borders: Borders | None) -> Inputs:
         """Copies of these."""
-        return cls(ids.clone(), _copy(mask), _copy(labels), None if borders is None else _copies(borders))
+        copied = ids.clone()
+        same = labels is ids  # as a host does that trains on every token
+        return cls(
+            copied, _copy(mask), copied if same else _copy(labels), None if borders is None else _copies(borders)
+        )
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from nla_monitor.config import QueueConfig
 from nla_monitor.errors import StoreUnavailableError
 from nla_monitor.guard import Guard
+from nla_monitor.leaving import busy
 from nla_monitor.records import ActivationSample
 
 QUEUE_FULL = "queue_full"
@@ -136,19 +137,22 @@ class Stager:
         """Append a job; returns at once. A full queue drops its oldest, a closed one this job."""
         if self._disabled:
             return
-        lost: Counter[str] = Counter()
+        lost: Counter[str] | None = None
         count = job.count()
         with self._wake:
             if self._closing:
-                lost[CLOSED] += count
+                lost = Counter({CLOSED: count})
                 job.discard()
             else:
                 self._start()
                 self._jobs.append((job, count))
                 self._jobs_count += count
-                self._trim(lost)
+                if self.depth > self._config.max_samples:
+                    lost = Counter()
+                    self._trim(lost)
                 self._wake.notify_all()
-        self._report(lost)
+        if lost is not None:
+            self._report(lost)
 
     def drop(self, reason: str, count: int) -> None:
         """Count samples that were lost elsewhere in the capture."""
@@ -247,10 +251,11 @@ class Stager:
                 batch = self._take_batch() if job is None else []
                 self._busy = True
             try:
-                if job is not None:
-                    self._build_job(job)
-                elif batch:
-                    self._write(batch)
+                with busy():
+                    if job is not None:
+                        self._build_job(job)
+                    elif batch:
+                        self._write(batch)
             finally:
                 with self._wake:
                     self._busy = False

@@ -195,12 +195,12 @@ class _BeginHook(_Hook):
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor | None]:
         given: dict[str, Tensor | None] = dict.fromkeys(_READ)
-        for name, value in zip(self.names, args, strict=False):
+        if args:
+            for name, value in zip(self.names, args, strict=False):
+                if name in given and isinstance(value, torch.Tensor):
+                    given[name] = value
+        for name, value in kwargs.items():
             if name in given and isinstance(value, torch.Tensor):
-                given[name] = value
-        for name in given:
-            value = kwargs.get(name)
-            if isinstance(value, torch.Tensor):
                 given[name] = value
         return given
 
@@ -259,6 +259,7 @@ class ResidualTap:
         self.blocks = {f"{found.path}.{layer}": found.block(layer) for layer in layers}
         """The hooked blocks, by their path in the model, in the order of the layers."""
         self._model = model
+        self._links = {path: _links(model, path) for path in self.blocks}
         self.device = _device_of(next(iter(self.blocks.values())))
         self.fires = torch.zeros(1, dtype=torch.int64, device=self.device)
         handle = next(_handles)
@@ -275,7 +276,11 @@ class ResidualTap:
 
     def replaced(self) -> list[str]:
         """Paths where another module stands now than the one that was hooked; a wrapper around that one is none."""
-        return [path for path, block in self.blocks.items() if not _stands(self._model, path, block)]
+        return [
+            path
+            for path, block in self.blocks.items()
+            if not _unchanged(self._links[path]) and not _stands(self._model, path, block)
+        ]
 
     def _bracket(self, receiver: Receiver, module: nn.Module, level: int) -> None:
         begin = _BeginHook(receiver, self.fires, self._handle, level)
@@ -313,6 +318,28 @@ class _Renewed:
     def undo(self) -> None:
         if self._forward is not None and self._module.__dict__.get("forward") is self._forward:
             del self._module.__dict__["forward"]
+
+
+_Link = tuple[Mapping[str, nn.Module | None], str, nn.Module]
+"""The submodules of a module, a name among them, and what stood there when the tap was put on."""
+
+
+def _links(model: nn.Module, path: str) -> list[_Link]:
+    """The way from the model to a block; asked at every step, so without ``getattr`` on modules, which is slow."""
+    links: list[_Link] = []
+    module = model
+    for name in path.split("."):
+        submodules = module._modules  # noqa: SLF001 -- what nn.Module.__getattr__ itself looks into
+        child = submodules.get(name)
+        if child is None:
+            return []  # reached in another way, by a property say: only a search tells
+        links.append((submodules, name, child))
+        module = child
+    return links
+
+
+def _unchanged(links: Sequence[_Link]) -> bool:
+    return bool(links) and all(submodules.get(name) is child for submodules, name, child in links)
 
 
 def _stands(model: nn.Module, path: str, block: nn.Module) -> bool:

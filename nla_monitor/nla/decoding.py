@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from nla_monitor.errors import NonFiniteWeightsError
+from nla_monitor.leaving import checkpoint
 from nla_monitor.mixing import WORD, logical_shift, mix, mix_int, signed
 from nla_monitor.nla.injection import Prompt
 from nla_monitor.nla.injectors import Injector, ReplaceRow
@@ -108,6 +109,7 @@ class SharedPrefixDecoder:
         _check_finite(logits)
         ended = torch.zeros(batch, dtype=torch.bool, device=rows.device)
         for step in range(longest):
+            checkpoint()
             tokens = choose(logits, alive, step)
             output[alive, step] = torch.where(ended, -1, tokens)
             ended |= torch.isin(tokens, self._stop)

@@ -6,7 +6,7 @@ arms take turns step by step, in random order; each ratio is paired with the ste
 
     python -m tests.benchmarks.capture --json                                   # fp32, eager
     python -m tests.benchmarks.capture --json --configurations all              # and bf16 autocast, and compiled
-    python -m tests.benchmarks.capture --json --instructions                    # and instructions (valgrind; slow)
+    python -m tests.benchmarks.capture --json --instructions                    # and of the thin model (valgrind; slow)
     python -m tests.benchmarks.capture --json --device cuda --size 1b --dtype bf16 --compile
 
 Figures are ``p50`` (with a bootstrap interval) and ``p99`` of: ``overhead_ratio``, seconds; ``extra_ms``, their paired
@@ -39,6 +39,8 @@ from tests.benchmarks.capture_timing import Record, alternate, compare
 ROOT = Path(__file__).parents[2]
 BAR = {"cpu": {"p50": 1.005}, "cuda": {"p50": 1.001, "p99": 1.01}}
 CHECK_STEPS = 6
+FINE = "thin"
+"""Model on which a step's noise does not hide what is added to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ def fine(options: Options, step_seconds: float) -> dict[str, Any]:
     thin model's operations are short, work beside them is met by more of them. ``default_host`` is without that work.
     """
     arms = (*options.arms, HOST)
-    found = measure(replace(options, size="thin", steps=options.fine_steps, peer_python=None, arms=arms))
+    found = measure(replace(options, size=FINE, steps=options.fine_steps, peer_python=None, arms=arms))
     rows = {"noise": found["noise"], **found["monitor"], HOST: found[HOST], **found["peers"]}
     measured = {name: row["extra_ms"] for name, row in rows.items() if row is not None and "extra_ms" in row}
     return {
@@ -236,7 +238,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--peer-python", default=os.environ.get("CAPTURE_PEER_PYTHON"))
     parser.add_argument("--no-check", action="store_true", help="without the small compiled check")
-    parser.add_argument("--instructions", action="store_true", help="count instructions, too (callgrind; many minutes)")
+    parser.add_argument(
+        "--instructions", action="store_true", help="count the thin model's instructions, too (ten minutes)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -261,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     found = run(wanted, configurations, check=not options.no_check)
     if options.instructions:
-        found["instructions"] = count_instructions(options.size, wanted.arms)
+        found["instructions"] = count_instructions(FINE, wanted.arms)
     if options.json:
         print(json.dumps(found))
     else:
