@@ -6,10 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nla_monitor.capture import Capture, CaptureStats
+from nla_monitor.capture import Capture, CaptureStats, SessionRegistry
 from nla_monitor.capture.screens import LinearScreen, NormScreen, NoveltyScreen, Screen, Screens
 from nla_monitor.config import CaptureConfig, ScreenConfig
 from nla_monitor.errors import AttachError, ConfigError, RuleError
@@ -17,6 +17,9 @@ from nla_monitor.records import AgentContext, Completion, Phase, Scalar
 from nla_monitor.rules.probe import load_probe
 from nla_monitor.sources import ActivationSource, TapSource
 from nla_monitor.sources.base import Call, Handle
+
+AGENT_RUN_BUDGET = "agent_run_budget"
+"""Samples that ``capture.samples_per_agent_run`` did not allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +222,7 @@ class Watched:
         found = list(root_run_ids)
         if not found:
             return
-        for sessions in {id(source.sessions): source.sessions for source in self._all}.values():  # taps share theirs
+        for sessions in self._sessions:
             for root_run_id in found:
                 sessions.runs.look_closer(root_run_id, calls)
         self.burst()  # makes room; of agents' calls only these keep what is in it
@@ -281,7 +284,13 @@ class Watched:
     @property
     def stats(self) -> CaptureStats:
         """Counters of all models and sources together."""
-        return total([source.stats for source in self._all])
+        counted = total([source.stats for source in self._all])
+        left_out = sum(sessions.runs.left_out for sessions in self._sessions)
+        return replace(counted, skipped={**counted.skipped, AGENT_RUN_BUDGET: left_out}) if left_out else counted
+
+    @property
+    def _sessions(self) -> list[SessionRegistry]:
+        return list({id(source.sessions): source.sessions for source in self._all}.values())  # taps share theirs
 
 
 def total(stats: Sequence[CaptureStats]) -> CaptureStats:

@@ -194,7 +194,10 @@ class Pace:
     def other(self, policy: Policy, sequences: int) -> Draw:
         """The draw of any other forward."""
         with self._lock:
-            return self._thinned(whole(self.policy(policy)), sequences, FULL)
+            policy = self.policy(policy)
+            if self._step is None:  # nobody counts steps, so forwards are counted, as in ``train``
+                self._burst_left = max(0, self._burst_left - 1)
+            return self._thinned(whole(policy), sequences, FULL)
 
     def settle(self, expected: float, samples: int) -> None:
         """``samples`` came of a forward that ``expected`` were taken from the budget for (``Draw.expected``)."""

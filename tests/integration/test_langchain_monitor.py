@@ -126,3 +126,16 @@ def test_a_match_makes_the_next_calls_of_its_run_denser_and_no_other(target: tup
     assert _call(monitor, chat, found, texts[2]) > plain
     assert _call(monitor, chat, found, texts[3]) > plain
     assert _call(monitor, chat, found, texts[4]) <= plain
+
+
+def test_what_a_runs_budget_left_out_is_counted(target: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = target
+    capture = {"samples_per_agent_run": 4, "generated_tokens": 4}
+    database = str(tmp_path / "m.db")
+    with Monitor({"nla": {"ar": None}}, database=database, worker="external", capture=capture) as monitor:
+        monitor.attach(model, tokenizer)
+        chat = ChatNLAModel(model=model, tokenizer=tokenizer, max_new_tokens=12)
+        root = uuid.uuid4()
+        taken = [_call(monitor, chat, root, task_of("tested", number)) for number in range(3)]
+        assert taken[0] > 0 == taken[2]
+        assert monitor.stats.skipped["agent_run_budget"] > 0
