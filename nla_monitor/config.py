@@ -23,7 +23,8 @@ HTTP_ENGINES = ("vllm", "sglang")
 """Engines that are servers of their own."""
 WorkerMode = Literal["process", "thread", "external"]
 Positions = Literal["prompt", "completion", "all"]
-RoleTrigger = Literal["turn_end", "assistant", "tool_result"]
+SourceKind = Literal["replay", "vllm_files", "vllm_replica"]
+RoleTrigger = Literal["turn_end", "assistant", "tool_call", "tool_result", "final_answer"]
 
 
 class _Section(BaseModel):
@@ -104,7 +105,12 @@ class NLAConfig(_Section):
 class BurstConfig(_Section):
     """A closer look after an alert."""
 
-    steps: int = Field(20, ge=1, description="optimizer steps (training forwards where no step is told) that it lasts")
+    steps: int = Field(
+        20,
+        ge=1,
+        description="optimizer steps (training forwards where no step is told) that it lasts; for an agent, model "
+        "calls of the run that a match was found in",
+    )
     factor: int = Field(4, ge=2, le=64, description="times the sequences, the random positions and the triggers")
 
 
@@ -153,7 +159,8 @@ class CaptureConfig(_Section):
     role_triggers: tuple[RoleTrigger, ...] = Field(
         (),
         description="triggers found in the tokenizer's chat template: turn_end, assistant (the sequence that opens the "
-        "model's turn), tool_result (what opens a tool's)",
+        "model's turn), tool_call (what opens a call of a tool), tool_result (what opens a tool's turn), final_answer "
+        "(what ends the model's thinking)",
     )
     triggers_per_sequence: int = Field(2, ge=0)
     text_triggers: tuple[str, ...] = Field(
@@ -185,6 +192,12 @@ class CaptureConfig(_Section):
         description="take a smaller keyed share while the queue in memory is more than half full, so that it need not "
         "drop its oldest",
     )
+    samples_per_agent_run: int | None = Field(
+        None,
+        ge=1,
+        description="samples of one agent's run (all model calls with one root), at most; from half of it on an ever "
+        "smaller keyed share is taken",
+    )
     max_backlog: int | None = Field(
         None, ge=1, description="samples waiting to be read at which next to none is taken; thinned from half of it on"
     )
@@ -197,6 +210,10 @@ class CaptureConfig(_Section):
     store_text: bool = Field(
         default=True, description="keep the text before the token in the database (never in telemetry)"
     )
+    store_transcript: bool = Field(
+        default=False,
+        description="keep what agents read and answer, for nla-monitor report --conversation (never in telemetry)",
+    )
     context_tokens: int = Field(128, ge=0, description="how many tokens of text to keep with a sample")
 
     @model_validator(mode="after")
@@ -207,6 +224,62 @@ class CaptureConfig(_Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"screens share the name {', '.join(map(repr, twice))}; give each its own")
+        return self
+
+
+class SourceConfig(_Section):
+    """Whence the activations of model calls that are answered elsewhere, for ``Monitor.attach_source()``."""
+
+    kind: SourceKind = Field(
+        description="replay: prompt and answer are run again through a local copy; vllm_files: a vLLM server with "
+        "hidden-state extraction writes them into folder; vllm_replica: such a server is sent prompt and answer again"
+    )
+    model: str | None = Field(
+        None, description="replay: folder of the local copy; vllm: of the tokenizer that the served model has"
+    )
+    proxy: bool | None = Field(
+        None, description="whether the model that is read is not the one that answers; replay and replica must say it"
+    )
+    device: str = Field("cpu", description="replay: torch device of the local copy")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="replay: auto is the checkpoint's"
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="tokens of prompt and answer of the longest call that is read"
+    )
+    check_every: int = Field(
+        8, ge=0, description="replay: of so many calls one is asked whether the local copy would answer so; 0: none"
+    )
+    folder: str | None = Field(None, description="vllm: shared_storage_path of the server, as this process sees it")
+    layer_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (),
+        description="vllm: eagle_aux_hidden_state_layer_ids of the server, in its order; default: K + 1 of each layer",
+    )
+    keep_files: bool = Field(default=False, description="vllm: leave files that were read; otherwise they are deleted")
+    url: str | None = Field(None, description="vllm_replica: base URL of the server, such as http://localhost:8000")
+    served_model: str | None = Field(None, description="vllm_replica: its name there; default: the only one it serves")
+    api_key_env: str | None = Field(
+        None, pattern=r"^[A-Za-z_]\w*$", description="environment variable that holds the server's API key"
+    )
+    timeout_seconds: float = Field(
+        30.0, gt=0, le=3600, description="vllm: silence of the server, or lateness of a file, that counts as a failure"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _plain_url(cls, value: str | None) -> str | None:
+        return None if value is None else _checked_url(value)
+
+    @model_validator(mode="after")
+    def _each_kind_has_its_keys(self) -> SourceConfig:
+        needed = {
+            "replay": ("model", "proxy"),
+            "vllm_files": ("folder",),
+            "vllm_replica": ("folder", "url", "proxy"),
+        }
+        missing = [key for key in needed[self.kind] if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"a source of kind {self.kind!r} needs {' and '.join(missing)}")
         return self
 
 
@@ -264,6 +337,7 @@ class MonitorConfig(_Section):
     run_name: str | None = None
     nla: NLAConfig = Field(default_factory=NLAConfig)
     capture: CaptureConfig = Field(default_factory=CaptureConfig)
+    source: SourceConfig | None = Field(None, description="of calls that are answered elsewhere")
     rules: tuple[str, ...] = Field(("oversight",), description="names of packs, rule files or folders of them")
     queue: QueueConfig = Field(default_factory=QueueConfig)
     worker: WorkerConfig = Field(default_factory=WorkerConfig)
@@ -387,7 +461,12 @@ def _absolute_paths(config: MonitorConfig, base: Path) -> MonitorConfig:
         for screen in config.capture.screens
     )
     capture = config.capture.model_copy(update={"screens": screens})
-    return absolute_database(config, base).model_copy(update={"nla": nla, "rules": rules, "capture": capture})
+    source = config.source
+    if source is not None:
+        folders = {name: resolve(value) for name in ("model", "folder") if (value := getattr(source, name))}
+        source = source.model_copy(update=folders)
+    changed = {"nla": nla, "rules": rules, "capture": capture, "source": source}
+    return absolute_database(config, base).model_copy(update=changed)
 
 
 def absolute_database(config: MonitorConfig, base: Path | None) -> MonitorConfig:

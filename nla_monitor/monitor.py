@@ -12,27 +12,30 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
 from nla_monitor import ranks
-from nla_monitor.alerts.responses import Responses, describe
+from nla_monitor.alert_watch import MANY, AlertWatch
+from nla_monitor.alerts.responses import Responses
 from nla_monitor.annotations import Annotations
+from nla_monitor.attached import announce, withdraw
 from nla_monitor.capture import Capture
-from nla_monitor.capture.session import SessionHandle
 from nla_monitor.config import MonitorConfig, absolute_database, load_config, overridden
-from nla_monitor.errors import AttachError, StoreError
+from nla_monitor.errors import AttachError
 from nla_monitor.guard import Guard
 from nla_monitor.nla.sidecar import load_sidecar
 from nla_monitor.organism import resolve
 from nla_monitor.outlets import SECRET_OUTLETS, sinks_of
+from nla_monitor.reading_side import ReadingSide
 from nla_monitor.records import (
     ActivationSample,
     AgentContext,
     Alert,
-    AlertState,
+    Completion,
     Phase,
     RunInfo,
     Scalar,
@@ -40,19 +43,21 @@ from nla_monitor.records import (
 )
 from nla_monitor.rules import load_rules
 from nla_monitor.scalars import ScalarBoard
+from nla_monitor.sources import ActivationSource, TapSource, open_source
+from nla_monitor.sources.base import Handle, SourceContext
 from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.store.repository import Repository
 from nla_monitor.store.session import open_engine, prepare
-from nla_monitor.supervisor import WorkerProcess, current_folder
+from nla_monitor.supervisor import current_folder
 from nla_monitor.telemetry import Telemetry
+from nla_monitor.transcripts import Transcripts
 from nla_monitor.watched import Watched, layers_of, screens_of
-from nla_monitor.worker import Worker, check_pair
+from nla_monitor.worker import check_pair
 
 logger = logging.getLogger("nla_monitor")
 
 _WATCH_SECONDS = 0.5
 _EXIT_SECONDS = 10.0
-_MANY = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,8 @@ class MonitorStats:
     """Safely in the spool."""
     dropped: Mapping[str, int]
     """By reason."""
+    skipped: Mapping[str, int]
+    """Forward passes and model calls that could not be read, and samples left out (``norm_sink``), by reason."""
     faults: Mapping[str, int]
     """Swallowed faults of ours, by place."""
     worker_restarts: int
@@ -114,21 +121,26 @@ class Monitor:
         self.spool = SqlSpool(engine, max_attempts=attempts, head_start=head_start)
         self.run_id = uuid7()
         self.annotations = Annotations()
+        keep = self.config.capture.store_transcript
+        self.transcripts = Transcripts(engine, lambda: self.run_id, self.guard, enabled=keep)
         self._board = ScalarBoard(engine, headers)
         self._step: int | None = None
         self._watched = Watched()
-        self._worker: WorkerProcess | None = None
-        self._worker_thread: threading.Thread | None = None
-        self._stop_worker, self._finish_worker = threading.Event(), threading.Event()
+        self._reader = ReadingSide(
+            self.config, folder=self._folder, engine=engine, telemetry=self.telemetry, guard=self.guard
+        )
         self._watcher: threading.Thread | None = None
         self._watch_stop = threading.Event()
-        self._listeners: list[Callable[[Alert], None]] = []
-        self._states: dict[str, AlertState] = {}
-        self._reported_drops: dict[str, int] = {}
-        self._stop_alert: Alert | None = None
+        self._alerts = AlertWatch(
+            self.repository,
+            self.spool,
+            self.config.capture,
+            responses=self._responses,
+            board=self._board,
+            watched=self._watched,
+            guard=self.guard,
+        )
         self._said: set[str] = set()
-        self._store_down = False
-        self._worker_lost = False
         self._measured = (0, 0.0)
         self._closed = False
 
@@ -151,6 +163,11 @@ class Monitor:
         """The capture of the model that was attached first; None before."""
         return self._watched.first
 
+    @property
+    def source(self) -> ActivationSource | None:
+        """What reads calls that are answered elsewhere; None without any."""
+        return self._watched.source
+
     def attach(self, model: Any, tokenizer: Any = None, *, name: str | None = None) -> Self:
         """Put the tap on the model and start the worker.
 
@@ -165,47 +182,79 @@ class Monitor:
             StoreError: the run could not be stored.
             WorkerError: the worker process could not be started.
         """
-        if self._closed:
-            raise AttachError("this monitor is closed; make a new one")
+        self._check_open()
         if self._watched.holds(model, name):
             return self
         self._check_width(model)
-        first = not self._watched
-        if first:
-            self.tokenizer = tokenizer
-            self.run_id = ranks.shared_run_id(self.run_id)
-        capture = self._make_capture(self.tokenizer if tokenizer is None else tokenizer, name)
-        capture.attach(model)
-        try:
-            if first and ranks.rank() == 0:
-                self._start_run(model)
-                self._start_worker()
-        except BaseException:
-            capture.close(0.0)  # no tap without anybody who reads
-            raise
-        self._watched.add(model, name, capture)
-        if first:
-            self._watcher = threading.Thread(target=self._watch, name="nla-monitor-watch", daemon=True)
-            self._watcher.start()
-            # A host that ends without close() (Ctrl-C, an exception) still hands over what it sampled.
-            atexit.register(self.close, timeout=_EXIT_SECONDS)
+        self._join_run(tokenizer)
+        sessions = None if self.capture is None else self.capture.sessions
+        tap = TapSource(model, self.tokenizer if tokenizer is None else tokenizer, name=name, sessions=sessions)
+        self._start(tap)
+        self._watched.add(tap)
         return self
 
-    def _make_capture(self, tokenizer: Any, name: str | None) -> Capture:
-        return Capture(
-            self.config.capture,
+    def attach_source(self, source: ActivationSource | None = None) -> Self:
+        """Read model calls that are answered elsewhere: by a server, by an API, in another process.
+
+        Args:
+            source: a ``ReplaySource``, ``HiddenStatesFolder`` or ``CaptureReplica``; None: what the section ``source``
+                of the config says. Beside an attached model it reads the calls that the tap has not seen.
+
+        Raises:
+            AttachError: another source is there already, or the model that is read does not fit the AV.
+            ConfigError: the config names no source, or its settings contradict the model.
+            StoreError, WorkerError: as ``attach``.
+        """
+        self._check_open()
+        source = open_source(self.config.source) if source is None else source
+        self._watched.check_source(source)
+        self._join_run(source.tokenizer)
+        self._start(source)
+        self._watched.add_source(source)
+        return self
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise AttachError("this monitor is closed; make a new one")
+
+    def _join_run(self, tokenizer: Any) -> None:
+        """Before the first model or source: which run it is, on all ranks the same."""
+        if not self._watched:
+            self.tokenizer = tokenizer
+            self.run_id = ranks.shared_run_id(self.run_id)
+
+    def _start(self, source: TapSource | ActivationSource) -> None:
+        """Start a source; with the first one the run, the worker and the watcher begin."""
+        source.start(self._source_context())
+        if self._watched:
+            return
+        try:
+            if ranks.rank() == 0:
+                self._start_run(source.model_name)
+                self._reader.start()
+        except BaseException:
+            source.close(0.0)  # no tap without anybody who reads
+            raise
+        self._watcher = threading.Thread(target=self._watch, name="nla-monitor-watch", daemon=True)
+        self._watcher.start()
+        # A host that ends without close() (Ctrl-C, an exception) still hands over what it sampled.
+        atexit.register(self.close, timeout=_EXIT_SECONDS)
+        announce(self)
+
+    def _source_context(self) -> SourceContext:
+        return SourceContext(
             run_id=self.run_id,
-            layer=self._layers.all,
+            layers=self._layers.all,
+            width=self._sidecar.d_model,
+            capture=self.config.capture,
+            queue=self.config.queue,
             sink=self._spool_samples,
             guard=self.guard,
-            queue=self.config.queue,
-            tokenizer=tokenizer,
-            rank=ranks.rank(),
-            name=name,
-            sessions=self.capture.sessions if self.capture is not None else None,
             screens=screens_of(self.config.capture),
+            rank=ranks.rank(),
             on_sampled=self.telemetry.sampled,
             on_dropped=self.telemetry.dropped,
+            flush_taps=self._watched.flush_taps,
         )
 
     def _check_width(self, model: Any) -> None:
@@ -218,28 +267,12 @@ class Monitor:
                 f"{self._sidecar.d_model}: this NLA was trained on another model"
             )
 
-    def _start_run(self, model: Any) -> None:
+    def _start_run(self, model_name: str) -> None:
         name = self.config.run_name or time.strftime("%Y-%m-%d %H:%M:%S")
-        model_name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
         # URLs may hold passwords and tokens.
-        settings = self.config.model_dump(mode="json", exclude={"database": True, "alerts": SECRET_OUTLETS})
+        secrets = {"database": True, "alerts": SECRET_OUTLETS, "source": {"url"}}
+        settings = self.config.model_dump(mode="json", exclude=secrets)
         self.repository.start_run(RunInfo(self.run_id, name, model_name, self.layer, time.time(), config=settings))
-
-    def _start_worker(self) -> None:
-        mode = self.config.worker.mode
-        if mode == "process":
-            self._worker = WorkerProcess(self.config, folder=self._folder)
-            self._worker.start()
-        elif mode == "thread":
-            self._worker_thread = threading.Thread(target=self._run_worker, name="nla-monitor-worker", daemon=True)
-            self._worker_thread.start()
-
-    def _run_worker(self) -> None:
-        self._worker_lost = True
-        with self.guard("worker"):
-            worker = Worker(self.config, telemetry=self.telemetry, engine=self._engine)
-            worker.run(self._stop_worker, self._finish_worker)
-            self._worker_lost = False
 
     def __enter__(self) -> Self:
         return self
@@ -258,30 +291,23 @@ class Monitor:
             return True
         self._closed = True
         atexit.unregister(self.close)
+        withdraw(self)
         deadline = time.monotonic() + timeout
         complete = False
         with self.guard("close"):
             complete = self._watched.close(max(0.0, deadline - time.monotonic()))
-            complete = self._finish(deadline) and complete
+            complete = self._reader.finish(deadline) and complete
         if not complete:
             logger.warning("nla_monitor: not everything sampled is read; nla-monitor worker reads the rest at any time")
         self._watch_stop.set()
         if self._watcher is not None:
             self._watcher.join(timeout=5.0)
         with self.guard("close"):
+            self.transcripts.close()
             self._look()  # alerts that came with the last batches
             if ranks.rank() == 0 and self._watched:
                 self.repository.end_run(self.run_id)
         return complete
-
-    def _finish(self, deadline: float) -> bool:
-        self._finish_worker.set()
-        if self._worker is not None:
-            return self._worker.finish(max(0.0, deadline - time.monotonic()))
-        if self._worker_thread is not None:
-            self._worker_thread.join(max(0.0, deadline - time.monotonic()))
-            return not self._worker_thread.is_alive() and not self._worker_lost
-        return True
 
     # -- what a loop calls ---------------------------------------------------------------------------------------
 
@@ -324,23 +350,37 @@ class Monitor:
         *,
         traceparent: str | None = None,
         attributes: Mapping[str, Scalar] | None = None,
-    ) -> SessionHandle | None:
+    ) -> Handle | None:
         """A generation is about to start: samples of the forward whose tokens these are belong to ``context``.
 
         ``token_ids`` None: the next forwards of the calling thread. Returns None when nothing is attached.
         """
         with self.guard("open_session"):
-            if self.capture is not None:
-                return self.capture.sessions.open(
-                    context, token_ids, traceparent=traceparent, attributes=dict(attributes or {})
-                )
+            return self._watched.open_session(
+                context, token_ids, traceparent=traceparent, attributes=dict(attributes or {})
+            )
         return None
 
-    def close_session(self, handle: SessionHandle | None) -> None:
-        """The generation is over."""
+    def close_session(self, handle: Handle | None, *, completion: Completion | None = None) -> None:
+        """The generation is over; ``completion`` is what the model answered, for sources that run it again."""
         with self.guard("close_session"):
-            if self.capture is not None and handle is not None:
-                self.capture.sessions.close(handle)
+            if handle is not None:
+                self._watched.close_session(handle, completion=completion)
+
+    def langchain(self, *, llm: Any = None, tokenizer: Any = None) -> AbstractContextManager[Any]:
+        """Watch every LangChain and LangGraph run that begins inside the block, without touching its ``config``.
+
+        Yields the ``NLACallbackHandler``, which takes the same arguments. ``NLA_MONITOR_LANGCHAIN=1`` in the
+        environment does the same for all runs of the process, from ``attach`` on.
+
+        Raises:
+            MissingExtraError: langchain-core is not installed.
+            ConfigError: ``llm`` has no local pipeline or tokenizer.
+        """
+        manager: AbstractContextManager[Any] = import_module("nla_monitor_langchain").watching(
+            self, llm=llm, tokenizer=tokenizer
+        )
+        return manager
 
     def scalars(self) -> dict[str, float]:
         """The run in a few numbers for a tracker (``nla/alerts_firing``, ``nla/fve_mean``, ...: see ``ScalarBoard``).
@@ -354,7 +394,7 @@ class Monitor:
 
     def on_alert(self, listener: Callable[[Alert], None]) -> None:
         """Call ``listener(alert)`` on the watcher's thread whenever an alert of this run fires or resolves."""
-        self._listeners.append(listener)
+        self._alerts.listeners.append(listener)
 
     @property
     def closed(self) -> bool:
@@ -364,7 +404,7 @@ class Monitor:
     @property
     def stop_alert(self) -> Alert | None:
         """The first alert that asks to stop: at or above ``alerts.stop_on``, or of a rule with ``response: stop``."""
-        return self._stop_alert
+        return self._alerts.stop_alert
 
     @property
     def may_stop(self) -> bool:
@@ -381,7 +421,7 @@ class Monitor:
         Raises:
             StoreError: the database cannot be read.
         """
-        return self.repository.alerts(run_id=self.run_id, limit=_MANY)
+        return self.repository.alerts(run_id=self.run_id, limit=MANY)
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Wait until everything sampled so far is safely in the spool."""
@@ -394,7 +434,7 @@ class Monitor:
         deadline = time.monotonic() + timeout
         drained = False
         with self.guard("drain"):
-            drained = self.flush(timeout) and self._wait_for_spool(deadline)
+            drained = self.flush(timeout) and self._wait_for_spool(deadline) and self.transcripts.flush()
             self._look()
         return drained
 
@@ -414,8 +454,9 @@ class Monitor:
             sampled=captured.sampled,
             written=captured.written,
             dropped=captured.dropped,
+            skipped=captured.skipped,
             faults=self.guard.faults,
-            worker_restarts=self._worker.restarts if self._worker is not None else 0,
+            worker_restarts=self._reader.restarts,
         )
 
     # -- background ----------------------------------------------------------------------------------------------
@@ -428,42 +469,12 @@ class Monitor:
     def _watch(self) -> None:
         while not self._watch_stop.wait(_WATCH_SECONDS):
             with self.guard("watch"):
-                if self._worker is not None:
-                    self._worker.supervise()
+                self._reader.supervise()
                 self._look()
                 self._measure_capture()
 
     def _look(self) -> None:
-        """Alerts of the run, as the store has them; and our drops, for the store."""
-        try:
-            first = ranks.rank() == 0
-            if first or self.config.capture.burst is not None:
-                alerts = self.repository.alerts(run_id=self.run_id, limit=_MANY)
-                for alert in alerts:
-                    if self._states.get(alert.alert_id) is not alert.state:
-                        self._states[alert.alert_id] = alert.state
-                        self._notice(alert, first=first)
-                if first:
-                    self._refresh_scalars(alerts)
-            self._store_drops()
-            if self.config.capture.max_backlog is not None:
-                self._watched.backlog(self.spool.depth().waiting)
-            self._store_down = False
-        except StoreError as error:
-            if not self._store_down:
-                logger.warning("nla_monitor: the store cannot be used now, trying on: %s", error)
-            self._store_down = True
-
-    def _refresh_scalars(self, alerts: Sequence[Alert]) -> None:
-        stats = self.stats
-        self._board.refresh(
-            self.run_id,
-            alerts,
-            step=self._step,
-            sampled=stats.sampled,
-            dropped=stats.dropped,
-            faults=stats.faults,
-        )
+        self._alerts.look(self.run_id, self._step, self.stats)
 
     def _measure_capture(self) -> None:
         """Host time per forward since the last look."""
@@ -472,27 +483,3 @@ class Monitor:
         if forwards > 0:
             self._measured = (stats.forwards, stats.host_seconds)
             self.telemetry.capture_duration(seconds / forwards)
-
-    def _store_drops(self) -> None:
-        dropped = dict(self.stats.dropped)
-        new = {reason: count - self._reported_drops.get(reason, 0) for reason, count in dropped.items()}
-        new = {reason: count for reason, count in new.items() if count}
-        if new:
-            self.repository.add_drops(self.run_id, new)
-            self._reported_drops = dropped
-
-    def _notice(self, alert: Alert, *, first: bool) -> None:
-        firing = alert.state is AlertState.FIRING
-        if firing:
-            self._watched.burst()
-        if not first:
-            return  # every rank looks more closely; one speaks
-        if self._responses.logs(alert):
-            logger.warning("%s", describe(alert))
-        if firing:
-            self._responses.tag(alert)
-            if self._stop_alert is None and self._responses.stops(alert):
-                self._stop_alert = alert
-        for listener in self._listeners:
-            with self.guard("on_alert"):
-                listener(alert)

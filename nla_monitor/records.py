@@ -28,6 +28,12 @@ Scalar: TypeAlias = str | int | float | bool | None
 """What metadata may hold: flat, JSON-safe."""
 
 
+SOURCE, PROXY, RETOKENIZED, IMPLAUSIBLE = "source", "proxy", "retokenized", "implausible"
+"""Attributes of samples that were not taken in the model's own forward pass. ``source``: how they were had (``replay``,
+``vllm``). True, where it is so: ``proxy``, the model that was read is not the one that answered; ``retokenized``, the
+answer's tokens were made from its text; ``implausible``, the model that was read would hardly have answered so."""
+
+
 def uuid7() -> str:
     """A time-ordered UUID (version 7, RFC 9562 §5.7) as text: 48 bits of Unix milliseconds, then random bits."""
     value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(secrets.token_bytes(10), "big")
@@ -90,7 +96,7 @@ class AgentContext:
     root_run_id: str | None = None
     """Outermost run: one agent invocation."""
     tool: str | None = None
-    """Name of the tool whose result the model was reading, when there is one."""
+    """Name of the tool whose result the token is part of; elsewhere in a model call, of the newest that it reads."""
     node: str | None = None
     """LangGraph node."""
     conversation_id: str | None = None
@@ -98,6 +104,54 @@ class AgentContext:
     """True for a token that the model wrote itself, False for one of its prompt."""
     token_index: int | None = None
     """0-based index among the generated tokens; None in the prompt."""
+    tool_call_id: str | None = None
+    """The framework's id of the tool call that ``tool`` answered; for a token of an earlier turn that asks for a tool,
+    of that call. None where the framework tells none."""
+    message_role: str | None = None
+    """Whose message the token stands in: ``system``, ``user``, ``assistant`` or ``tool``; None where messages are not
+    known, or cannot be found in the prompt."""
+    span_start: int | None = None
+    """Token position at which that message begins, the template's own words before it included."""
+    span_end: int | None = None
+    """Token position behind its last token; None while the model is writing it."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSpan:
+    """Where one message of a chat prompt lies in the prompt's tokens."""
+
+    start: int
+    """Token position of its first token, the template's own words before it included."""
+    end: int | None
+    """Token position behind its last token; None: the model is about to write it."""
+    role: str
+    """``system``, ``user``, ``assistant`` or ``tool``."""
+    tool: str | None = None
+    """Name of the tool whose result it is."""
+    tool_call_id: str | None = None
+    """Id of the call that it answers or, an assistant's message with a single call, asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a model answered to a prompt: its text, its tokens or both.
+
+    A tap in the model's process needs none of it; a source that runs prompt and answer again does.
+
+    Raises:
+        ValueError: neither is there.
+    """
+
+    text: str | None = None
+    """As the caller got it: special tokens and stop texts are gone."""
+    token_ids: tuple[int, ...] | None = None
+    """Every token that was written, ``[token]``, an end of sequence included: exact, where ``text`` is not."""
+    prompt_ids: tuple[int, ...] | None = None
+    """What the model was fed, ``[token]``, where that was not said when the call began."""
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.token_ids is None:
+            raise ValueError("a completion needs its text or its token ids; leave it out where neither is known")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,12 +9,12 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import groupby
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from sqlalchemy import func, select
@@ -28,6 +28,9 @@ from nla_monitor.store.engine import read
 from nla_monitor.store.models import MatchRow, ReadingRow, RuleRow
 from nla_monitor.store.queries import Counts, RunSummary
 from nla_monitor.store.repository import Repository
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 __all__ = ["Format", "Report", "build_report", "render"]
 
@@ -242,6 +245,22 @@ def render(report: Report, how: Format) -> str:
 
 
 def _html(report: Report) -> str:
+    filters: dict[str, Callable[..., Any]] = {
+        "certainties": _certainties,
+        "facts": _facts,
+        "where": _where,
+        "whole_run": _whole_run,
+    }
+    return page("report.html.j2", filters).render(
+        report=report,
+        caution=CAUTION,
+        no_guarantee=NO_GUARANTEE,
+        plots=[plot(rate, report.alerts) for rate in report.rates if rate.points],
+    )
+
+
+def page(name: str, filters: Mapping[str, Callable[..., Any]]) -> Template:
+    """A template of ``nla_monitor/templates``; everything that is put into it is escaped."""
     # Imported here: the other forms and the CLI's start do not need it.
     from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
 
@@ -253,21 +272,8 @@ def _html(report: Report) -> str:
         trim_blocks=True,
         finalize=lambda value: _CONTROL.sub(" ", value) if isinstance(value, str) else value,
     )
-    environment.filters |= {
-        "certainties": _certainties,
-        "clean": clean,
-        "facts": _facts,
-        "moment": _moment,
-        "percent": _percent,
-        "where": _where,
-        "whole_run": _whole_run,
-    }
-    return environment.get_template("report.html.j2").render(
-        report=report,
-        caution=CAUTION,
-        no_guarantee=NO_GUARANTEE,
-        plots=[plot(rate, report.alerts) for rate in report.rates if rate.points],
-    )
+    environment.filters |= {"clean": clean, "moment": moment, "percent": percent, **filters}
+    return environment.get_template(name)
 
 
 def clean(text: str) -> str:
@@ -275,11 +281,13 @@ def clean(text: str) -> str:
     return " ".join(_CONTROL.sub(" ", text).split())
 
 
-def _moment(seconds: float | None) -> str:
+def moment(seconds: float | None) -> str:
+    """Unix seconds as a date and time in UTC; a dash for None."""
     return "-" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share of 1 in percent."""
     return f"{share:.1%}"
 
 
@@ -291,8 +299,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     return [
         ("run", f"{clean(info.name)} ({info.run_id})"),
         ("model", f"{clean(info.model)}, output of block {info.layer}"),
-        ("started", _moment(info.started_at)),
-        ("ended", _moment(report.run.ended_at)),
+        ("started", moment(info.started_at)),
+        ("ended", moment(report.run.ended_at)),
         ("samples", f"{counts.samples} stored, {counts.readings} read, {waiting}, {counts.failed} given up"),
         ("dropped", f"{sum(report.drops.values())} ({lost})" if lost else "0"),
         ("matches", f"{counts.matches}, {report.refuted} of them refuted by a control"),
@@ -329,7 +337,7 @@ def _text(report: Report) -> Iterator[str]:
         yield f"  {rate.rule_id:<24} {rate.phase.value:<6} {_share(rate.matched, rate.read)}"
         if rate.points:
             steps = f"steps {rate.points[0].first_step} to {rate.points[-1].last_step}"
-            yield f"    {sparkline(rate.points)}  {steps}, last {_percent(rate.points[-1].rate)}"
+            yield f"    {sparkline(rate.points)}  {steps}, last {percent(rate.points[-1].rate)}"
     never = sorted({rate.rule_id for rate in report.rates} - {rate.rule_id for rate in report.rates if rate.matched})
     if never:
         yield f"  never matched: {', '.join(never)}"
@@ -350,7 +358,7 @@ def _whole_run(guarantee: RunGuarantee) -> str:
 
 
 def _share(matched: int, total: int) -> str:
-    return f"{matched} of {total} readings ({_percent(matched / total)})" if total else "no readings"
+    return f"{matched} of {total} readings ({percent(matched / total)})" if total else "no readings"
 
 
 def _alert_line(alert: Alert) -> str:
@@ -386,22 +394,22 @@ def _certainties(alert: Alert) -> list[str]:
 
 
 def _markdown(report: Report) -> Iterator[str]:
-    yield f"# nla_monitor report: {_escaped(report.run.info.name)}\n"
+    yield f"# nla_monitor report: {escaped(report.run.info.name)}\n"
     yield "| | |\n|---|---|"
-    yield from (f"| {name} | {_escaped(value)} |" for name, value in _facts(report))
+    yield from (f"| {name} | {escaped(value)} |" for name, value in _facts(report))
     yield "\n## Fidelity\n"
     header = [f"p{round(quantile * 100):02d}" for quantile in QUANTILES] + ["mean"]
     yield f"| measure | readings | {' | '.join(header)} |\n|---|---|{'---:|' * len(header)}"
     for measure, which, spread in _fidelity_rows(report):
-        yield f"| {measure} | {_escaped(which)} | {' | '.join(f'{value:.2f}' for value in spread.values())} |"
+        yield f"| {measure} | {escaped(which)} | {' | '.join(f'{value:.2f}' for value in spread.values())} |"
     if report.unread_fidelity:
         yield f"\n{report.unread_fidelity} readings have no fidelity (no AR)."
     yield "\n## Match rates by step\n"
     yield "| rule | phase | matched / read | last | over the steps (bars: 0 to 100 %) |\n|---|---|---|---:|---|"
     for rate in report.rates:
-        last = _percent(rate.points[-1].rate) if rate.points else "-"
+        last = percent(rate.points[-1].rate) if rate.points else "-"
         cells = (
-            _escaped(rate.rule_id),
+            escaped(rate.rule_id),
             rate.phase.value,
             _share(rate.matched, rate.read),
             last,
@@ -410,7 +418,7 @@ def _markdown(report: Report) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
     yield "\n## Guarantees\n"
     for guarantee in report.guarantees:
-        yield f"- `{guarantee.rule_id}`: {_escaped(guarantee.says)}\n  Whole run: {_escaped(_whole_run(guarantee))}"
+        yield f"- `{guarantee.rule_id}`: {escaped(guarantee.says)}\n  Whole run: {escaped(_whole_run(guarantee))}"
     if not report.guarantees:
         yield NO_GUARANTEE
     yield "\n## Alerts\n"
@@ -418,14 +426,14 @@ def _markdown(report: Report) -> Iterator[str]:
         yield "None."
     for alert in report.alerts:
         yield (
-            f"- **{alert.severity.value}** {_escaped(alert.rule_title)}: {alert.state.value}, {alert.triage.value}, "
-            f"{_where(alert)}, {_escaped(_certainty(alert))}\n  > {_escaped(alert.quote)}\n\n"
+            f"- **{alert.severity.value}** {escaped(alert.rule_title)}: {alert.state.value}, {alert.triage.value}, "
+            f"{_where(alert)}, {escaped(_certainty(alert))}\n  > {escaped(alert.quote)}\n\n"
             f"  `{alert.alert_id}`"
         )
     yield f"\n*{CAUTION}*"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text of a model or user that Markdown takes literally."""
     return _MARKDOWN.sub(r"\\\1", clean(text))
 

@@ -1,20 +1,25 @@
-"""What a monitor watches: which layers and screens its config means, and its models, each with a capture of its own."""
+"""What a monitor watches: the layers and screens that its config means, its models with taps, its other source."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nla_monitor.capture import Capture, CaptureStats
+from nla_monitor.capture import Capture, CaptureStats, SessionRegistry
 from nla_monitor.capture.screens import LinearScreen, NormScreen, NoveltyScreen, Screen, Screens
 from nla_monitor.config import CaptureConfig, ScreenConfig
 from nla_monitor.errors import AttachError, ConfigError, RuleError
-from nla_monitor.records import Phase, Scalar
+from nla_monitor.records import AgentContext, Completion, Phase, Scalar
 from nla_monitor.rules.probe import load_probe
+from nla_monitor.sources import ActivationSource, TapSource
+from nla_monitor.sources.base import Call, Handle
+
+AGENT_RUN_BUDGET = "agent_run_budget"
+"""Samples that ``capture.samples_per_agent_run`` did not allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +100,34 @@ def _screen(config: ScreenConfig, seed: int) -> Screen:
     )
 
 
+_BOTH = (
+    "the same model object cannot be tapped and replayed by one monitor: it is read while it generates. Replay is for "
+    "calls that are answered elsewhere; give it a copy of its own"
+)
+
+
 class Watched:
-    """The models of one monitor by name, and their captures. What is done to all of them is done here."""
+    """The models of one monitor by name with their taps, and its other source. What is done to all is done here."""
 
     def __init__(self) -> None:
-        self._captures: dict[str | None, Capture] = {}
-        self._models: dict[str | None, Any] = {}
+        self._taps: dict[str | None, TapSource] = {}
+        self._source: ActivationSource | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._captures)
+        return bool(self._taps) or self._source is not None
+
+    @property
+    def _captures(self) -> list[Capture]:
+        return [tap.capture for tap in self._taps.values()]
+
+    @property
+    def _all(self) -> list[TapSource | ActivationSource]:
+        return [*self._taps.values(), *(() if self._source is None else (self._source,))]
 
     @property
     def first(self) -> Capture | None:
         """The capture of the model that was attached first."""
-        return next(iter(self._captures.values()), None)
+        return next(iter(self._captures), None)
 
     def holds(self, model: Any, name: str | None) -> bool:
         """Whether this model is watched by this name.
@@ -116,47 +135,110 @@ class Watched:
         Raises:
             AttachError: the name is another model's, or the model has another name.
         """
-        if name in self._models and self._models[name] is not model:
-            kind = type(self._models[name]).__name__
+        if name in self._taps and self._taps[name].model is not model:
+            kind = type(self._taps[name].model).__name__
             called = "" if name is None else f" named {name!r}"
             raise AttachError(
                 f"this monitor is already attached to a {kind}{called}. Give each model a name of its own: "
                 "monitor.attach(policy, name='policy'), monitor.attach(reference, name='reference')"
             )
-        known = next((key for key, one in self._models.items() if one is model and key != name), name)
+        known = next((key for key, one in self._taps.items() if one.model is model and key != name), name)
         if known != name:
             raise AttachError(
                 f"this model is already watched as {known!r}; one model has one name (its samples tell adapters on and "
                 "off apart by themselves)"
             )
-        return name in self._models
+        if self._source is not None and getattr(self._source, "model", None) is model:
+            raise AttachError(_BOTH)
+        return name in self._taps
 
-    def add(self, model: Any, name: str | None, capture: Capture) -> None:
-        """Take a capture that is attached to ``model``."""
-        self._captures[name], self._models[name] = capture, model
+    def add(self, tap: TapSource) -> None:
+        """Take a tap that was started."""
+        self._taps[tap.name] = tap
+
+    def check_source(self, source: ActivationSource) -> None:
+        """Whether this source may be added.
+
+        Raises:
+            AttachError: there is one already, or it runs a model that is watched here.
+        """
+        if self._source is not None:
+            raise AttachError(
+                f"this monitor has a {type(self._source).__name__} already, and one source reads all calls that are "
+                "answered elsewhere. Use a monitor for each source"
+            )
+        model = getattr(source, "model", None)
+        if model is not None and any(tap.model is model for tap in self._taps.values()):
+            raise AttachError(_BOTH)
+
+    def add_source(self, source: ActivationSource) -> None:
+        """Take a source that was started."""
+        self._source = source
+
+    @property
+    def source(self) -> ActivationSource | None:
+        """What reads calls that are answered elsewhere."""
+        return self._source
+
+    def open_session(
+        self,
+        context: AgentContext,
+        token_ids: Sequence[int] | None,
+        *,
+        traceparent: str | None = None,
+        attributes: Mapping[str, Scalar] | None = None,
+    ) -> Handle | None:
+        """See ``ActivationSource.open_session``; None where nothing is watched."""
+        tap, tapped = next(iter(self._taps.values()), None), None
+        if tap is not None:
+            tapped = tap.open_session(context, token_ids, traceparent=traceparent, attributes=attributes)
+        if self._source is None:
+            return tapped
+        return self._source.open_session(
+            context, token_ids, traceparent=traceparent, attributes=attributes, tapped=tapped
+        )
+
+    def close_session(self, handle: Handle, *, completion: Completion | None = None) -> None:
+        """See ``ActivationSource.close_session``."""
+        tapped = handle.tapped if isinstance(handle, Call) else handle
+        tap = next(iter(self._taps.values()), None)
+        if tap is not None and tapped is not None:
+            tap.close_session(tapped)
+        if self._source is not None and isinstance(handle, Call):
+            self._source.close_session(handle, completion=completion)
 
     def step(self, step: int, **attributes: Scalar) -> None:
         """See ``Capture.step``."""
-        for capture in self._captures.values():
+        for capture in self._captures:
             capture.step(step, **attributes)
 
     def burst(self) -> None:
         """See ``Capture.burst``."""
-        for capture in self._captures.values():
-            capture.burst()
+        for source in self._all:
+            source.burst()
+
+    def look_closer(self, root_run_ids: Iterable[str], calls: int) -> None:
+        """Something was found in these agents' runs: their next ``calls`` model calls are sampled more densely."""
+        found = list(root_run_ids)
+        if not found:
+            return
+        for sessions in self._sessions:
+            for root_run_id in found:
+                sessions.runs.look_closer(root_run_id, calls)
+        self.burst()  # makes room; of agents' calls only these keep what is in it
 
     def backlog(self, waiting: int) -> None:
         """See ``Capture.backlog``."""
-        for capture in self._captures.values():
+        for capture in self._captures:
             capture.backlog(waiting)
 
     def replaced(self) -> str | None:
         """See ``Capture.replaced``: of the first model that has something to say."""
-        return self._said({name: capture.replaced() for name, capture in self._captures.items()})
+        return self._said({name: tap.capture.replaced() for name, tap in self._taps.items()})
 
     def check_fired(self) -> str | None:
         """See ``Capture.check_fired``: of the first model that has something to say."""
-        return self._said({name: capture.check_fired() for name, capture in self._captures.items()})
+        return self._said({name: tap.capture.check_fired() for name, tap in self._taps.items()})
 
     def _said(self, problems: dict[str | None, str | None]) -> str | None:
         for name, problem in problems.items():
@@ -168,7 +250,7 @@ class Watched:
     def phase(self, phase: Phase, **attributes: Scalar) -> Iterator[None]:
         """See ``Capture.phase``."""
         with ExitStack() as stack:
-            for capture in self._captures.values():
+            for capture in self._captures:
                 stack.enter_context(capture.phase(phase, **attributes))
             yield
 
@@ -176,26 +258,39 @@ class Watched:
     def pause(self) -> Iterator[None]:
         """See ``Capture.pause``."""
         with ExitStack() as stack:
-            for capture in self._captures.values():
+            for capture in self._captures:
                 stack.enter_context(capture.pause())
             yield
 
     def flush(self, timeout: float) -> bool:
-        """See ``Capture.flush``; ``timeout`` seconds for all together."""
+        """See ``ActivationSource.flush``; ``timeout`` seconds for all together."""
         deadline = time.monotonic() + timeout
-        done = [capture.flush(max(0.0, deadline - time.monotonic())) for capture in self._captures.values()]
+        done = [source.flush(max(0.0, deadline - time.monotonic())) for source in self._all]
+        return all(done)
+
+    def flush_taps(self, timeout: float) -> bool:
+        """Wait until the taps know which calls they saw; ``timeout`` seconds for all together."""
+        deadline = time.monotonic() + timeout
+        done = [tap.flush(max(0.0, deadline - time.monotonic())) for tap in self._taps.values()]
         return all(done)
 
     def close(self, timeout: float) -> bool:
-        """See ``Capture.close``; ``timeout`` seconds for all together."""
+        """See ``ActivationSource.close``; ``timeout`` seconds for all together."""
         deadline = time.monotonic() + timeout
-        done = [capture.close(max(0.0, deadline - time.monotonic())) for capture in self._captures.values()]
+        self.flush_taps(timeout)  # a source that waits for a server must not take their time
+        done = [source.close(max(0.0, deadline - time.monotonic())) for source in reversed(self._all)]
         return all(done)
 
     @property
     def stats(self) -> CaptureStats:
-        """Counters of all models together."""
-        return total([capture.stats for capture in self._captures.values()])
+        """Counters of all models and sources together."""
+        counted = total([source.stats for source in self._all])
+        left_out = sum(sessions.runs.left_out for sessions in self._sessions)
+        return replace(counted, skipped={**counted.skipped, AGENT_RUN_BUDGET: left_out}) if left_out else counted
+
+    @property
+    def _sessions(self) -> list[SessionRegistry]:
+        return list({id(source.sessions): source.sessions for source in self._all}.values())  # taps share theirs
 
 
 def total(stats: Sequence[CaptureStats]) -> CaptureStats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from nla_monitor.guard import Guard
-from nla_monitor.records import AgentContext, Scalar
+from nla_monitor.records import AgentContext, Completion, MessageSpan, Scalar
 
 LAYER = 1
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -74,7 +74,12 @@ class Session:
     thread: int
     forwards: int = 0
     closed: bool = False
+    completion: Completion | None = None
+    spans: Callable[[], Sequence[MessageSpan]] | None = None
     seen: list[list[int]] = field(default_factory=list)
+
+    def describe(self, outline: Callable[[], Sequence[MessageSpan]]) -> None:
+        self.spans = outline
 
 
 class RecordingMonitor:
@@ -101,9 +106,9 @@ class RecordingMonitor:
             self.sessions.append(session)
         return session
 
-    def close_session(self, handle: Session) -> None:
+    def close_session(self, handle: Session, *, completion: Completion | None = None) -> None:
         assert not handle.closed, "closed twice"
-        handle.closed = True
+        handle.closed, handle.completion = True, completion
 
     @property
     def open(self) -> list[Session]:
@@ -134,7 +139,8 @@ class RecordingMonitor:
         with self._lock:
             here = threading.get_ident()
             exact = [s for s in self.open if s.token_ids is None and s.thread == here]
-            found = exact or [s for s in self.open if s.token_ids == tokens and not s.forwards]
+            same = [s for s in self.open if s.token_ids == tokens and not s.forwards]
+            found = exact or sorted(same, key=lambda session: session.thread != here)
             if not found:
                 self.stray.append(tokens)
                 return

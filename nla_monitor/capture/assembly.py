@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nla_monitor.breathing import breathe
 from nla_monitor.capture import keys, sampling
+from nla_monitor.capture.agent_draws import AgentDraws
 from nla_monitor.capture.budget import NormSinks
-from nla_monitor.capture.policy import CANDIDATE, PROMPT_END, RANDOM, Draw, Policy
+from nla_monitor.capture.policy import CANDIDATE, FIRST_TRIGGER, PROMPT_END, RANDOM, Draw, Policy
 from nla_monitor.capture.screens import Screens
 from nla_monitor.capture.session import SessionHandle, SessionView
 from nla_monitor.capture.triggers import TextTriggers
@@ -193,7 +194,10 @@ class Assembler:
         """The samples of a job, and how many chosen vectors were not finite (those give no sample)."""
         meta: list[list[int]] = job.meta.tolist()
         self._assign(job, meta)
-        kept = [number for number, row in enumerate(meta) if self._keep(job, row)]
+        draws = AgentDraws(self._policy, job.draw, generated=job.generated is not None)
+        allowed = [draws.allow(job.owners.of_row.get(row[sampling.ROW]), row) for row in meta]
+        kept = [number for number, row in enumerate(meta) if allowed[number] and self._keep(job, row)]
+        kept = _once(meta, kept)
         matched = self._match(job, meta, kept)
         kept = [number for number in kept if meta[number][sampling.KIND] != CANDIDATE or number in matched]
         if not kept:
@@ -219,6 +223,7 @@ class Assembler:
                     priority=priority,
                     screens=screens,
                     pattern=matched.get(kept[number]),
+                    draw=draws.of(job.owners.of_row.get(meta[kept[number]][sampling.ROW])),
                 )
             )
             breathe()
@@ -294,9 +299,12 @@ class Assembler:
         priority: float,
         screens: Mapping[str, float],
         pattern: str | None,
+        draw: Draw,
     ) -> ActivationSample:
         origin = job.origin
         session = job.owners.of_row.get(row[sampling.ROW])
+        if session is not None:
+            session.run.taken += 1
         attributes = {**origin.attributes, **(session.attributes if session is not None else {})}
         return ActivationSample(
             sample_id=uuid7(),
@@ -315,20 +323,14 @@ class Assembler:
             token_text=token_text,
             context=context,
             role=_ROLES.get(row[sampling.COMPLETION], "prompt" if session is not None else None),
-            inclusion_probability=self._probability(job, row),
+            inclusion_probability=_probability(draw, job, row),
             traceparent=session.traceparent if session is not None else None,
-            agent=_agent(session, job.generated),
+            agent=_agent(session, job.generated, row[sampling.POSITION]),
             attributes=attributes,
             model=origin.model,
             adapter=origin.adapter,
             priority=priority,
             screens=screens,
-        )
-
-    def _probability(self, job: Job, row: list[int]) -> float | None:
-        """Chance of this position within its forward, see ``Draw.probability``."""
-        return job.draw.probability(
-            row[sampling.KIND], row[sampling.SEQUENCES], row[sampling.DRAWN_FROM], generated=job.generated is not None
         )
 
     def _decode(self, job: Job, meta: list[list[int]], numbers: list[int]) -> tuple[list[str | None], list[str | None]]:
@@ -345,7 +347,41 @@ class Assembler:
 _ROLES = {0: "prompt", 1: "completion"}
 
 
-def _agent(session: SessionHandle | None, generated: int | None) -> AgentContext | None:
+def _once(meta: list[list[int]], kept: list[int]) -> list[int]:
+    """Without the ends of prompts that a trigger takes, too: its name says more."""
+    ends = [number for number in kept if meta[number][sampling.KIND] == PROMPT_END]
+    if not ends:
+        return kept
+    named = {
+        (meta[number][sampling.ROW], meta[number][sampling.POSITION])
+        for number in kept
+        if meta[number][sampling.KIND] >= FIRST_TRIGGER
+    }
+    twice = {n for n in ends if (meta[n][sampling.ROW], meta[n][sampling.POSITION]) in named}
+    return [number for number in kept if number not in twice]
+
+
+def _probability(draw: Draw, job: Job, row: list[int]) -> float | None:
+    """Chance of this position within its forward, see ``Draw.probability``."""
+    return draw.probability(
+        row[sampling.KIND], row[sampling.SEQUENCES], row[sampling.DRAWN_FROM], generated=job.generated is not None
+    )
+
+
+def _agent(session: SessionHandle | None, generated: int | None, position: int) -> AgentContext | None:
     if session is None:
         return None
-    return replace(session.context, generated=generated is not None, token_index=generated)
+    context = replace(session.context, generated=generated is not None, token_index=generated)
+    message = session.message_at(position)
+    if message is None:
+        return context
+    # A tool's message is of its own call, whichever result the model call reads last.
+    own = message.role == "tool" or message.tool_call_id is not None
+    return replace(
+        context,
+        tool=message.tool if message.role == "tool" else context.tool,
+        tool_call_id=message.tool_call_id if own else context.tool_call_id,
+        message_role=message.role,
+        span_start=message.start,
+        span_end=message.end,
+    )

@@ -194,7 +194,10 @@ class Pace:
     def other(self, policy: Policy, sequences: int) -> Draw:
         """The draw of any other forward."""
         with self._lock:
-            return self._thinned(whole(self.policy(policy)), sequences, FULL)
+            policy = self.policy(policy)
+            if self._step is None:  # nobody counts steps, so forwards are counted, as in ``train``
+                self._burst_left = max(0, self._burst_left - 1)
+            return self._thinned(whole(policy), sequences, FULL)
 
     def settle(self, expected: float, samples: int) -> None:
         """``samples`` came of a forward that ``expected`` were taken from the budget for (``Draw.expected``)."""
@@ -217,7 +220,9 @@ class Pace:
         limit, expected, number = policy.sequences, self._forwards, self._forward
         sure = taken = max(0, limit - self._taken)
         lot = 0.0
-        if number < expected:
+        if number < expected == 1:  # as in most runs: nothing to divide, nothing to draw lots for
+            sure = taken = limit
+        elif number < expected:
             start = score_int(policy.seed, SALT_FORWARD, self._step or 0, 0) % expected
             taken = ((number + 1) * limit + start) // expected - (number * limit + start) // expected
             sure, lot = limit // expected, limit % expected / expected

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from nla_monitor.capture.assembly import Owners
 from nla_monitor.capture.keys import SALT_THIN, score
 from nla_monitor.capture.policy import FIRST_TRIGGER, RANDOM, Draw, Policy
 from nla_monitor.capture.sampling import Choice
+
+_MOST_PENDING: Final = 256
 
 
 @dataclass(eq=False, slots=True)
@@ -37,12 +39,20 @@ class Generation:
     """``[r]`` int64: how many rows each was chosen from."""
     schedule: Tensor
     """``[r, strata]`` indices of the generated tokens to read."""
+    planned: frozenset[int] | None
+    """The same of all rows together, on a CPU: at all other tokens nothing need be computed. None on other devices."""
     history: Tensor | None
-    """``[r, policy.history]`` newest token ids."""
+    """``[r, policy.history]`` newest token ids, but for those of ``pending``."""
+    pending: list[Tensor] = field(default_factory=list)
+    """``[r, 1]`` token ids that ``history`` lacks, oldest first."""
     owners: Owners = field(default_factory=Owners)
     cache: weakref.ref[Any] | None = None
     index: int = 0
     """Of the next generated token."""
+    closer: Tensor | None = None
+    """``[r]`` bool: rows of agents that are looked at more closely; None until it is known that there are any."""
+    judged: bool = False
+    """Whether that has been looked for."""
     taken: Tensor = field(init=False)
     triggered: Tensor = field(init=False)
 
@@ -59,6 +69,7 @@ class Generation:
 def start(draw: Draw, choice: Choice, ids: Tensor, real: Tensor, cache: Any) -> Generation:
     """The generation whose prompt pass is ``ids`` ``[batch, seq]``."""
     width = draw.policy.history
+    schedule = sampling.schedule(draw.policy, choice.hashes)
     return Generation(
         batch=ids.shape[0],
         draw=draw,
@@ -66,7 +77,8 @@ def start(draw: Draw, choice: Choice, ids: Tensor, real: Tensor, cache: Any) -> 
         hashes=choice.hashes,
         lengths=choice.lengths,
         pools=choice.pools,
-        schedule=sampling.schedule(draw.policy, choice.hashes),
+        schedule=schedule,
+        planned=frozenset(schedule.flatten().tolist()) if schedule.device.type == "cpu" else None,
         history=sampling.last_tokens(ids[choice.rows], real[choice.rows], width) if width else None,
         cache=_reference(cache),
     )
@@ -86,15 +98,29 @@ def advance(generation: Generation, ids: Tensor) -> tuple[Choice | None, int]:
     generation.index += 1
     stratum = sampling.stratum(index)
     planned = stratum < generation.schedule.shape[1]
+    closer = _closer(generation)
     if not planned and not policy.triggers:
         return None, index
-    tokens = ids[:, 0].long()[generation.rows]
+    tokens = ids.index_select(0, generation.rows)[:, 0].long()
     if generation.history is not None:
-        generation.history = torch.cat([generation.history[:, 1:], tokens.unsqueeze(1)], dim=1)
+        generation.pending.append(tokens.unsqueeze(1))
+    idle = generation.planned is not None and index not in generation.planned
+    if idle and closer is None and not policy.triggers and len(generation.pending) < _MOST_PENDING:
+        return None, index
+    if generation.history is not None:
+        generation.history = _newest(generation.history, generation.pending)
+        generation.pending.clear()
     kinds = _kinds(policy, tokens, generation.history)
     by_key = generation.schedule[:, stratum] == index if planned else torch.zeros_like(kinds, dtype=torch.bool)
+    apart: Tensor | int = 1 << stratum
+    limit: Tensor | int = policy.generated
+    if closer is not None and planned:
+        step = max(1, (1 << stratum) // policy.closer)
+        by_key = torch.where(closer, (generation.schedule[:, stratum] - index) % step == 0, by_key)
+        apart = torch.where(closer, step, apart)
+        limit = torch.where(closer, policy.generated * policy.closer, limit)
     by_trigger = (kinds >= FIRST_TRIGGER) & (generation.triggered < policy.trigger_limit)
-    valid = ((by_key & (kinds == 0)) | by_trigger) & (generation.taken < policy.generated)
+    valid = ((by_key & (kinds == 0)) | by_trigger) & (generation.taken < limit)
     generation.taken += valid
     generation.triggered += valid & by_trigger
     if generation.draw.thins:
@@ -103,7 +129,25 @@ def advance(generation: Generation, ids: Tensor) -> tuple[Choice | None, int]:
     if valid.device.type == "cpu" and not bool(valid.any()):
         return None, index
     kinds = torch.where(by_trigger, kinds, RANDOM)
-    return _choice(generation, tokens, kinds, valid, torch.where(by_trigger, 1, 1 << stratum)), index
+    return _choice(generation, tokens, kinds, valid, torch.where(by_trigger, 1, apart)), index
+
+
+def _newest(history: Tensor, pending: list[Tensor]) -> Tensor:
+    return torch.cat([history, *pending], dim=1)[:, -history.shape[1] :]
+
+
+def _closer(generation: Generation) -> Tensor | None:
+    """``[r]`` bool: rows whose agent is looked at more closely; None where there are none or nothing is known yet.
+
+    Whose a row is, is found out on our own thread while the generation goes on: known a few tokens into it.
+    """
+    if generation.closer is None and not generation.judged and generation.owners.known:
+        generation.judged = True
+        owners = generation.owners.of_row
+        marks = [(handle := owners.get(row)) is not None and handle.closer for row in range(len(generation.rows))]
+        if any(marks):
+            generation.closer = torch.tensor(marks, dtype=torch.bool, device=generation.rows.device)
+    return generation.closer
 
 
 def _kinds(policy: Policy, tokens: Tensor, history: Tensor | None) -> Tensor:

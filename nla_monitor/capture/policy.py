@@ -45,10 +45,17 @@ class Policy:
     """Triggers of several tokens, shortest first, each with its kind."""
     candidates: int = 0
     """Positions per sequence that text triggers are tried on."""
+    per_agent_run: int | None = None
+    """Samples of one agent's run, at most; None: as many as there are."""
     burst: int = 1
     """Most times that ``times`` will be asked for: buffers are sized for it."""
     on_device: dict[torch.device, tuple[tuple[Tensor, int], ...]] = field(default_factory=dict)
     """``patterns`` where they are matched."""
+
+    @property
+    def closer(self) -> int:
+        """Times as many generated tokens as else of an agent in whose run something was found: a power of two."""
+        return 1 << (self.burst.bit_length() - 1)
 
     @property
     def per_sequence(self) -> int:
@@ -211,6 +218,7 @@ def build_policy(config: CaptureConfig, tokenizer: Any = None, model_config: Any
         pad_id=_pad_id(tokenizer, model_config),
         patterns=tuple((trigger.tokens, FIRST_TRIGGER + names.index(trigger.name)) for trigger in several),
         candidates=config.text_candidates if config.text_triggers else 0,
+        per_agent_run=config.samples_per_agent_run,
         burst=config.burst.factor if config.burst is not None else 1,
     )
 

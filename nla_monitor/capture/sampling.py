@@ -205,7 +205,9 @@ def _choose_columns(policy: Policy, rows: _Rows, *, agent: bool) -> list[_Part]:
     eligible = _eligible(policy, rows, agent=agent)
     parts: list[_Part] = []
     if policy.triggers:
-        parts.append(_draw_triggers(policy, rows, eligible & (token_kinds >= FIRST_TRIGGER), token_kinds))
+        pool = eligible & (token_kinds >= FIRST_TRIGGER)
+        newest = _last_triggers(policy, pool, token_kinds) if agent else None
+        parts.append(newest or _draw_triggers(policy, rows, pool, token_kinds))
     if agent:
         parts.append(_draw_end(rows))
     if policy.candidates:
@@ -254,6 +256,24 @@ def _draw_triggers(policy: Policy, rows: _Rows, pool: Tensor, token_kinds: Tenso
     key = policy.seed, SALT_TRIGGER
     columns, _, valid, drawn_from = _draw_pool(rows, pool, policy.trigger_limit, key=key, kind=FIRST_TRIGGER)
     return columns, token_kinds.gather(1, columns), valid, drawn_from
+
+
+def _last_triggers(policy: Policy, pool: Tensor, token_kinds: Tensor) -> _Part:
+    """Of an agent's prompt, which holds all that was said before: the newest place of each trigger, then what is left.
+
+    Its older places were the newest of an earlier call. All of these are taken for sure, so each was drawn from as many
+    as are taken.
+    """
+    seq = pool.shape[1]
+    columns = torch.arange(seq, device=pool.device).expand_as(pool)
+    order = torch.where(pool, columns, -1)
+    for number in range(len(policy.triggers)):
+        of_kind = pool & (token_kinds == FIRST_TRIGGER + number)
+        newest = torch.where(of_kind, columns, -1).amax(dim=1, keepdim=True)
+        order = torch.where(of_kind & (columns == newest), columns + seq, order)
+    best = order.topk(min(policy.trigger_limit, seq), dim=1)
+    taken = torch.full_like(best.indices, policy.trigger_limit)
+    return best.indices, token_kinds.gather(1, best.indices), best.values >= 0, taken
 
 
 def _draw_end(rows: _Rows) -> _Part:

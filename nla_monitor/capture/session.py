@@ -10,12 +10,23 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Final
 
+from nla_monitor.capture.agent_runs import AgentRun, AgentRuns
 from nla_monitor.capture.keys import hash_of
-from nla_monitor.records import AgentContext, Scalar
+from nla_monitor.records import AgentContext, MessageSpan, Scalar
+
+_DESCRIBED: Final = 512
+"""Ended sessions whose prompt is still known, for samples that are under way."""
+
+
+_latest: ContextVar[SessionHandle | None] = ContextVar("nla_monitor_latest_session", default=None)
+"""Opened last in this context. A forward in the same thread, or in an executor's that was given a copy, sees it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -32,6 +43,35 @@ class SessionHandle:
     attributes: Mapping[str, Scalar] = field(default_factory=dict)
     forwards: int = 0
     """Prompt passes that were matched to it (counted when their samples are built)."""
+    run: AgentRun = field(default_factory=AgentRun)
+    """The agent's run that the call is part of, shared by its calls."""
+    closer: bool = False
+    """A match in this run had been found when the call began: it is sampled more densely."""
+    _outline: Callable[[], Sequence[MessageSpan]] | None = None
+    _spans: Sequence[MessageSpan] | None = None
+
+    def describe(self, outline: Callable[[], Sequence[MessageSpan]]) -> None:
+        """How to find out where the messages of the prompt lie, in order of position; before the first forward.
+
+        Called at most once, on the capture's own thread, when the first sample of the session is built.
+        """
+        self._outline = outline
+
+    def forget(self) -> None:
+        """Its prompt is needed no more: samples that are still built of it name no message."""
+        self._outline, self._spans = None, ()
+
+    def message_at(self, position: int) -> MessageSpan | None:
+        """The message that the token at this position of the sequence stands in; None where it is not known."""
+        if self._spans is None:
+            outline, self._outline, self._spans = self._outline, None, ()
+            if outline is not None:
+                self._spans = outline()
+        index = bisect_right(self._spans, position, key=lambda span: span.start) - 1
+        if index < 0:
+            return None
+        span = self._spans[index]
+        return span if span.end is None or position < span.end else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +81,26 @@ class SessionView:
     by_sequence: Mapping[int, tuple[SessionHandle, ...]] = field(default_factory=dict)
     by_thread: Mapping[int, SessionHandle] = field(default_factory=dict)
     version: int = 0
+    here: SessionHandle | None = None
+    """The session that the code around this forward is in, for rows that no prompt claims."""
+    equals: bool = False
+    """Whether several sessions have the same prompt."""
+    latest: SessionHandle | None = None
+    """The session opened last in the context of this forward; it decides between equal prompts only."""
 
     def __bool__(self) -> bool:
-        return bool(self.by_sequence or self.by_thread)
+        return bool(self.by_sequence or self.by_thread or self.here is not None)
 
     def of_thread(self, thread: int) -> SessionHandle | None:
         """The newest session bound to this thread."""
         return self.by_thread.get(thread)
 
     def claim(self, sequence: int) -> SessionHandle | None:
-        """The session of a prompt; of several with the same prompt the one matched least often, oldest first."""
-        handles = self.by_sequence.get(sequence)
+        """The session of a prompt; of several equal prompts one matched least often, this context's or the oldest."""
+        handles = self.by_sequence.get(sequence) or (() if self.here is None else (self.here,))
         if not handles:
             return None
-        handle = min(handles, key=lambda item: item.forwards)
+        handle = min(handles, key=lambda item: (item.forwards, item is not self.latest))
         handle.forwards += 1
         return handle
 
@@ -77,11 +123,34 @@ class SessionRegistry:
         self._forgotten = 0
         self._evicted = 0
         self._view = SessionView()
+        self.runs = AgentRuns()
+        """What is remembered of the agents' runs that the sessions belong to."""
+        self._finders: tuple[Callable[[], SessionHandle | None], ...] = ()
 
     @property
     def view(self) -> SessionView:
-        """The sessions open now."""
-        return self._view
+        """The sessions open now, as the calling thread sees them: asked for where a forward starts."""
+        view = self._view
+        for find in self._finders:
+            here = find()
+            if here is not None:
+                return replace(view, here=here)
+        latest = _latest.get() if view.equals else None
+        return view if latest is None else replace(view, latest=latest)
+
+    def ask(self, find: Callable[[], SessionHandle | None]) -> None:
+        """Where no prompt tells, let ``find`` say in the thread of each forward whose it is; None: it does not know.
+
+        Frameworks keep the step that code works for in a context variable, which follows it through tasks and threads.
+        """
+        with self._lock:
+            if find not in self._finders:
+                self._finders += (find,)
+
+    def ask_no_more(self, find: Callable[[], SessionHandle | None]) -> None:
+        """Take back what ``ask`` was given."""
+        with self._lock:
+            self._finders = tuple(known for known in self._finders if known != find)
 
     def open(
         self,
@@ -90,6 +159,7 @@ class SessionRegistry:
         *,
         traceparent: str | None = None,
         attributes: Mapping[str, Scalar] | None = None,
+        bound: bool = True,
     ) -> SessionHandle:
         """Announce a model call.
 
@@ -99,15 +169,19 @@ class SessionRegistry:
                 belongs to the session, in whatever thread. None: every forward of the calling thread does.
             traceparent: W3C trace context of the call's span.
             attributes: metadata for its samples.
+            bound: to the calling thread where ``token_ids`` is None; False: it is found by what ``ask`` was given.
         """
         handle = SessionHandle(
             context=context,
             sequence=None if token_ids is None else hash_of([int(token) for token in token_ids]),
-            thread=threading.get_ident() if token_ids is None else None,
+            thread=threading.get_ident() if token_ids is None and bound else None,
             opened_at=self._clock(),
             traceparent=traceparent,
             attributes=dict(attributes or {}),
+            run=self.runs.of(context.root_run_id or context.agent_run_id),
         )
+        handle.closer = handle.run.next_call()
+        _latest.set(handle)
         with self._lock:
             self._open[id(handle)] = handle
             self._expire()
@@ -149,6 +223,8 @@ class SessionRegistry:
         if len(self._closed) == self._closed.maxlen:
             self._forgotten += not self._closed[0].forwards
         self._closed.append(handle)
+        if len(self._closed) > _DESCRIBED:
+            self._closed[-_DESCRIBED - 1].forget()  # a prompt may be long, and nothing else is kept of it
 
     def _publish(self) -> None:
         by_sequence: dict[int, tuple[SessionHandle, ...]] = {}
@@ -158,4 +234,5 @@ class SessionRegistry:
                 by_sequence[handle.sequence] = (*by_sequence.get(handle.sequence, ()), handle)
             elif handle.thread is not None:
                 by_thread[handle.thread] = handle
-        self._view = SessionView(by_sequence, by_thread, self._view.version + 1)
+        equals = any(len(handles) > 1 for handles in by_sequence.values())
+        self._view = SessionView(by_sequence, by_thread, self._view.version + 1, equals=equals)

@@ -27,6 +27,16 @@ _MAX_MEMORY = 8 << 20
 _USER, _ANSWER, _RESULT = "QuestionXq1", "AnswerXq2", "ResultXq3"
 _CALL = {"type": "function", "id": "callXq123", "function": {"name": "lookup", "arguments": {}}}
 _Message = dict[str, Any]
+_THINKING_ENDS = (
+    "</think>",
+    "</thinking>",
+    "[/THINK]",
+    "<|END_THINKING|>",
+    "<|channel|>final<|message|>",
+    "</reasoning>",
+    "</thought>",
+)
+"""How open models end their thinking: DeepSeek-R1 and Qwen3, Magistral, Command A Reasoning, gpt-oss, and the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +114,34 @@ def _role_tokens(role: RoleTrigger, tokenizer: Any) -> tuple[int, ...]:
             f"capture.role_triggers: {role!r} is found in the chat template of a tokenizer, and there is none. Give "
             "the tokenizer to attach(), or write the tokens under capture.triggers"
         )
-    finder = {"turn_end": _turn_end, "assistant": _assistant, "tool_result": _tool_result}[role]
-    tokens = finder(tokenizer)[-MAX_TOKENS:]
+    if role == "final_answer":
+        return _thinking_end(tokenizer)
+    finders = {"turn_end": _turn_end, "assistant": _assistant, "tool_call": _tool_call, "tool_result": _tool_result}
+    tokens = finders[role](tokenizer)[-MAX_TOKENS:]
     if not tokens:
         raise ConfigError(
             f"capture.role_triggers: {role!r} is not marked in this tokenizer's chat template. Leave it out, or write "
             "the text that marks it under capture.triggers"
         )
     return tuple(tokens)
+
+
+def _thinking_end(tokenizer: Any) -> tuple[int, ...]:
+    """The token, or short text, by which a model ends its thinking: what follows is its answer."""
+    vocabulary = tokenizer.get_vocab()
+    for text in _THINKING_ENDS:
+        if text in vocabulary:
+            return (int(vocabulary[text]),)
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    for text in _THINKING_ENDS:
+        if text in template:
+            return _short_enough(text, _encode(tokenizer, text))
+    raise ConfigError(
+        "capture.role_triggers: 'final_answer' is the end of a model's thinking, and neither this tokenizer's "
+        f"vocabulary nor its chat template has one of {', '.join(_THINKING_ENDS)}. Leave it out: the token before any "
+        "answer (prompt_end) is sampled in every model call; or write the text that ends the thinking under "
+        "capture.triggers"
+    )
 
 
 def _turn_end(tokenizer: Any) -> list[int]:
@@ -139,6 +169,23 @@ def _assistant(tokenizer: Any) -> list[int]:
     answered = _render(tokenizer, [_user(), _assistant_says()])
     # Spaces around it become part of the tokens beside them.
     return _encode(tokenizer, _between(answered, _USER, _ANSWER).strip())
+
+
+def _tool_call(tokenizer: Any) -> list[int]:
+    """What opens a call of a tool in the model's own turn, up to its last special token where it has any."""
+    whole = _render(tokenizer, [_user(), {"role": "assistant", "content": _ANSWER, "tool_calls": [_CALL]}])
+    start, end = whole.find(_ANSWER), whole.find("lookup", max(whole.find(_ANSWER), 0))
+    if start < 0 or end < start:  # templates that leave the words of such a turn out
+        whole = _render(tokenizer, [_user(), {"role": "assistant", "content": "", "tool_calls": [_CALL]}])
+        opening = _between(whole, _USER, "lookup")
+        prompted = _between(_render(tokenizer, [_user()], add_generation_prompt=True) + "lookup", _USER, "lookup")
+        opening = opening.removeprefix(prompted)
+    else:
+        opening = whole[start + len(_ANSWER) : end]
+    tokens = _encode(tokenizer, opening.strip())
+    added = set(tokenizer.get_added_vocab().values()) if hasattr(tokenizer, "get_added_vocab") else set()
+    last = max((place for place, token in enumerate(tokens) if token in added), default=None)
+    return tokens if last is None else tokens[: last + 1]
 
 
 def _tool_result(tokenizer: Any) -> list[int]:

@@ -24,7 +24,7 @@ from nla_monitor.cli.common import (
 )
 from nla_monitor.evidence.promise import told
 from nla_monitor.evidence.wording import lines, summary
-from nla_monitor.records import Alert, AlertState, Reading, RunInfo, TriageState
+from nla_monitor.records import AgentContext, Alert, AlertState, Reading, RunInfo, TriageState
 
 if TYPE_CHECKING:
     from nla_monitor.precision import Precision
@@ -176,11 +176,20 @@ def _agent(alert: Alert) -> Iterator[tuple[str, str]]:
     if agent is None:
         return
     yield "agent run", agent.agent_run_id + (f" in {agent.root_run_id}" if agent.root_run_id else "")
-    told = {"tool": agent.tool, "node": agent.node, "conversation": agent.conversation_id}
+    call = {"tool": agent.tool, "tool call": agent.tool_call_id, "message": message_of(agent)}
+    told = {**call, "node": agent.node, "conversation": agent.conversation_id}
     for name, value in told.items():
         if value:
             yield name, safe(value, one_line=True)
     yield "written by", f"the model, token {agent.token_index}" if agent.generated else "the prompt"
+
+
+def message_of(agent: AgentContext) -> str | None:
+    """Whose message the token stands in, and which tokens are that message's; None where it is not known."""
+    if agent.message_role is None or agent.span_start is None:
+        return None
+    end = "on" if agent.span_end is None else f"to {agent.span_end - 1}"
+    return f"{agent.message_role}, tokens {agent.span_start} {end}"
 
 
 def _context(alert: Alert, shown: Reading | None) -> Text:

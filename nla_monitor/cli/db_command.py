@@ -104,6 +104,6 @@ def prune(
         return
     verb = "would be deleted" if dry_run else "deleted"
     sys.stdout.write(
-        f"{gone.samples} samples, {gone.readings} readings, {gone.matches} matches and {gone.outbox} delivered "
-        f"messages from before {moment(limit)} {verb}\n"
+        f"{gone.samples} samples, {gone.readings} readings, {gone.matches} matches, {gone.messages} messages of agents "
+        f"and {gone.outbox} delivered notifications from before {moment(limit)} {verb}\n"
     )

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Final
 
 from nla_monitor.evidence.bounds import Bound
-from nla_monitor.records import Match, Reading, Support, WindowVerdict
+from nla_monitor.records import IMPLAUSIBLE, PROXY, SOURCE, Match, Reading, Support, WindowVerdict
 
 AWAITED: Final = "not measured yet; a worker does so once the alert is stored"
 """Why a control of a new alert has no result; whatever still says so when its worker is gone is completed later."""
@@ -45,7 +45,8 @@ def collect_evidence(
 
     By name of the control: ``exhibit`` (the result for the reading that is shown), ``median`` and ``measured`` (over
     the window's matches), ``required`` and ``passed`` where the rule requires it. Beside them ``recurrence``,
-    ``raw_norm`` (L2), ``not_run`` (by name, why the exhibit has no result) and ``truncated``.
+    ``raw_norm`` (L2), ``not_run`` (by name, why the exhibit has no result), ``truncated``, and of an exhibit
+    that was not taken in the answering model's own pass ``proxy`` and ``implausible`` (``records.PROXY``).
 
     Args:
         verdict: the window that holds.
@@ -66,6 +67,9 @@ def collect_evidence(
         evidence[name] = _result(name, shown, bounds) | spread
     if exhibit.explanation.truncated:
         evidence["truncated"] = True
+    attributes = exhibit.sample.attributes
+    if SOURCE in attributes:
+        evidence |= {name: True for name in (PROXY, IMPLAUSIBLE) if attributes.get(name) is True}
     return completed(evidence, shown, bounds)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from nla_monitor.evidence.bounds import Bound
+from nla_monitor.records import IMPLAUSIBLE, PROXY
 
 Verdict = Literal["good", "doubtful", "plain"]
 
@@ -120,6 +121,12 @@ _WORDS: Final[Mapping[str, _Words]] = {
     ),
 }
 
+_READ_ELSEWHERE: Final[Mapping[str, str]] = {
+    PROXY: "read in another model than the one that answered: how that model takes this text, and no evidence of what "
+    "the answering one represents",
+    IMPLAUSIBLE: "the model that was read would hardly have given this answer: another one may have given it",
+}
+
 USUAL: Final[Mapping[str, Bound]] = {name: words.usual for name, words in _WORDS.items()}
 """What is sound where a rule asks for nothing."""
 
@@ -144,7 +151,8 @@ def lines(evidence: Mapping[str, object]) -> Iterator[Line]:
     yield from _missing(not_run if isinstance(not_run, Mapping) else {}, evidence)
     if evidence.get("truncated"):
         yield Line("cut short", "doubtful", "the explanation reached its length limit; its end is missing")
-    known = {*_WORDS, "recurrence", "raw_norm", "not_run", "truncated"}
+    yield from (Line(name, "doubtful", text) for name, text in _READ_ELSEWHERE.items() if evidence.get(name))
+    known = {*_WORDS, *_READ_ELSEWHERE, "recurrence", "raw_norm", "not_run", "truncated"}
     yield from (Line(name, "plain", _flat(value)) for name, value in evidence.items() if name not in known)
 
 

@@ -22,7 +22,7 @@ class OneDnnLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name that nn.Linear gives it
         """``input @ weight.T + bias``, ``[..., in_features] -> [..., out_features]``."""
         # One row is bound by reading the weights, and the usual product reads them a little faster.
-        if input.dtype != torch.float32 or input.numel() <= self.in_features or _differentiates(input, self.weight):
+        if input.dtype != torch.float32 or _differentiates(input, self.weight):
             return super().forward(input)
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, *_ATTRIBUTES)  # noqa: SLF001 - the only name it has
         return product

@@ -75,10 +75,11 @@ _ALL: Final = (
     Field("explanation.av_hash", "text", _explanation("av_hash")),
     *(
         Field(f"agent.{name}", "text", _agent(name))
-        for name in ("agent_run_id", "parent_run_id", "root_run_id", "tool", "node", "conversation_id")
+        for name in ("agent_run_id", "parent_run_id", "root_run_id", "tool", "node", "conversation_id", "tool_call_id")
     ),
+    Field("agent.message_role", "text", _agent("message_role"), ("system", "user", "assistant", "tool")),
     Field("agent.generated", "bool", _agent("generated")),
-    Field("agent.token_index", "number", _agent("token_index")),
+    *(Field(f"agent.{name}", "number", _agent(name)) for name in ("token_index", "span_start", "span_end")),
 )
 FIELDS: Final[Mapping[str, Field]] = {field.name: field for field in _ALL}
 """Known names; ``meta.<key>`` is open: what the host passed to ``Monitor.step(**attributes)``. So is ``screen.<name>``:
@@ -86,7 +87,7 @@ what ``capture.screens`` measured of the raw vector."""
 
 GROUP_KEYS: Final = (
     *("run_id", "rule", "phase", "step", "sequence_id", "role", "trigger", "layer", "model", "adapter"),
-    *(name for name in FIELDS if name.startswith("agent.") and name != "agent.token_index"),
+    *(name for name, field in FIELDS.items() if name.startswith("agent.") and field.kind != "number"),
 )
 """What a window may be grouped by, beside ``meta.<key>``."""
 

@@ -328,10 +328,11 @@ def example_variables() -> dict[str, Any]:
     """CEL variables of a reading in which every known field has a value."""
     case = TestCase(text="words", role="assistant", context="a word")
     found = variables(reading_of(case, "example"))
-    words = dict.fromkeys(("agent_run_id", "parent_run_id", "root_run_id", "tool", "node", "conversation_id"), "name")
+    names = ("agent_run_id", "parent_run_id", "root_run_id", "tool", "node", "conversation_id")
+    words = dict.fromkeys((*names, "tool_call_id", "message_role"), "name")
     return {
         **found,
-        "agent": {**words, "generated": True, "token_index": 0},
+        "agent": {**words, "generated": True, "token_index": 0, "span_start": 0, "span_end": 1},
         "inclusion_probability": 0.5,
         "token_text": "word",
         "model": "policy",

@@ -127,6 +127,10 @@ class AgentCase(Section):
     conversation_id: str | None = None
     generated: StrictBool = False
     token_index: StrictInt | None = None
+    tool_call_id: str | None = None
+    message_role: Literal["system", "user", "assistant", "tool"] | None = None
+    span_start: StrictInt | None = None
+    span_end: StrictInt | None = None
 
 
 class TestCase(Section):

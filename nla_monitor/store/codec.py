@@ -52,6 +52,10 @@ _AGENT: Final = {
 }
 """Field of ``AgentContext`` to column."""
 
+_AGENT_MORE: Final = ("tool_call_id", "message_role", "span_start", "span_end")
+"""Fields of ``AgentContext`` that no query looks for: kept with the attributes, under one name."""
+_AGENT_KEY: Final = "nla_monitor.agent"
+
 _SAME: Final = (
     "sample_id",
     "run_id",
@@ -97,7 +101,7 @@ def sample_row(sample: ActivationSample) -> dict[str, Any]:
     row = {name: clean(getattr(sample, name)) for name in _SAME}
     row["phase"] = str(sample.phase)
     row["norm"] = float(sample.norm)
-    row["attributes"] = clean(sample.attributes)
+    row["attributes"] = clean(_with_agent(sample))
     row["priority"] = _finite(sample.priority)
     row["screens"] = {name: float(value) for name, value in sample.screens.items() if math.isfinite(value)}
     row["vector"] = vector
@@ -123,7 +127,7 @@ def sample_of(row: Row) -> ActivationSample:
         vector=stored_vector(row["sample_id"], row["vector"], row["dtype"], row["d_model"], row["checksum"]),
         norm=math.nan if norm is None else norm,
         agent=agent_of(row),
-        attributes=row["attributes"],
+        attributes=attributes_of(row["attributes"]),
         priority=row["priority"] or 0.0,
         screens=row["screens"] or {},
     )
@@ -154,7 +158,25 @@ def agent_of(row: Row) -> AgentContext | None:
     """The agent context of a sample's row."""
     if row["agent_run_id"] is None:
         return None
-    return AgentContext(**{name: row[column] for name, column in _AGENT.items()})
+    return AgentContext(**{name: row[column] for name, column in _AGENT.items()}, **more_of(row["attributes"]))
+
+
+def _with_agent(sample: ActivationSample) -> Mapping[str, Any]:
+    more = {name: value for name in _AGENT_MORE if (value := getattr(sample.agent, name, None)) is not None}
+    return {**sample.attributes, _AGENT_KEY: more} if more else sample.attributes
+
+
+def attributes_of(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The attributes that the host gave, without what is kept beside them."""
+    if _AGENT_KEY not in stored:
+        return stored
+    return {name: value for name, value in stored.items() if name != _AGENT_KEY}
+
+
+def more_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ``AgentContext`` that are kept with the attributes."""
+    more = stored.get(_AGENT_KEY)
+    return {name: more[name] for name in _AGENT_MORE if name in more} if isinstance(more, Mapping) else {}
 
 
 def reading_row(reading: Reading) -> dict[str, Any]:

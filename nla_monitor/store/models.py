@@ -6,60 +6,43 @@ Every change here needs a migration in ``migrations/versions``; a test compares 
 
 from __future__ import annotations
 
-from typing import Any, Final, cast
+from typing import Any, Final
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Boolean,
-    Double,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    Text,
-    text,
-)
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import ForeignKey, Index, Integer, Text, text
+from sqlalchemy.orm import Mapped, mapped_column
 
-PREFIX: Final = "nla_"
-VERSION_TABLE: Final = "nla_alembic_version"
+from nla_monitor.store.agent_models import DecisionRow, MessageRow
+from nla_monitor.store.base import PREFIX, VERSION_TABLE, Base, Document, Key, table
 
-NAMING: Final = {
-    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-    "ck": "ck_%(table_name)s_%(constraint_name)s",
-    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-    "pk": "pk_%(table_name)s",
-}
-
-Document = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-"""A mapping or list; JSONB where the database has it."""
-
-Key = BigInteger().with_variant(Integer, "sqlite")
-"""A number that the database counts up itself (SQLite does so for INTEGER only)."""
-
-
-class Base(DeclarativeBase):
-    """Root of the tables; its ``metadata`` is what migrations are compared with."""
-
-    metadata = MetaData(naming_convention=NAMING)
-    type_annotation_map = {  # noqa: RUF012 -- read by SQLAlchemy, never written
-        str: String(),
-        int: BigInteger(),
-        float: Double(),
-        bool: Boolean(),
-        bytes: LargeBinary(),
-    }
-
-
-def table(model: type[Base]) -> Table:
-    """The Core table of a model (declarative types it more widely than it is)."""
-    return cast("Table", model.__table__)
+__all__ = [
+    "OURS",
+    "PREFIX",
+    "VERSION_TABLE",
+    "AlertMatchRow",
+    "AlertRow",
+    "Base",
+    "CalibrationRow",
+    "DecisionRow",
+    "Document",
+    "DropRow",
+    "FailureRow",
+    "JudgementRow",
+    "LabelRow",
+    "MatchRow",
+    "MessageRow",
+    "OutboxRow",
+    "ReadingRow",
+    "RereadingRow",
+    "RuleRow",
+    "RunRow",
+    "SampleRow",
+    "SpoolRow",
+    "TallyRow",
+    "UnitMatchRow",
+    "UnitRow",
+    "WorkerRow",
+    "table",
+]
 
 
 class RunRow(Base):
@@ -88,6 +71,11 @@ class SampleRow(Base):
         Index(None, "captured_at"),
         Index(None, "run_id", "sequence_id"),
         Index(None, "agent_run_id"),
+        # Partial: a training run's samples have neither key, and pay nothing.
+        *(
+            Index(None, key, sqlite_where=text(f"{key} IS NOT NULL"), postgresql_where=text(f"{key} IS NOT NULL"))
+            for key in ("agent_root_run_id", "agent_conversation_id")
+        ),
     )
 
     sample_id: Mapped[str] = mapped_column(primary_key=True)

@@ -24,6 +24,7 @@ from nla_monitor.records import (
     Severity,
     TriageState,
 )
+from nla_monitor.store import codec
 from nla_monitor.store.codec import Row, agent_of, alert_of, explanation_of, fidelity_of, match_of, run_of, sample_of
 from nla_monitor.store.dialect import is_postgresql
 from nla_monitor.store.engine import read
@@ -328,9 +329,9 @@ class Reader:
         if read_only:
             wanted.append(ReadingRow.sample_id.is_not(None))
         order = (SampleRow.captured_at, SampleRow.sample_id)
-        query = _sample_query().where(*wanted).order_by(*(key.desc() if newest_first else key for key in order))
+        query = sample_query().where(*wanted).order_by(*(key.desc() if newest_first else key for key in order))
         with read(self._engine) as connection:
-            return [_view(row) for row in connection.execute(query.limit(limit)).mappings()]
+            return [view_of(row) for row in connection.execute(query.limit(limit)).mappings()]
 
     def reading_counts(self, run_id: str | None = None) -> Counts:
         """How many samples stand where, of one run or of all."""
@@ -431,7 +432,8 @@ def _one_alert(connection: Connection, id_or_prefix: str) -> Alert | None:
     return next((alert_of(row) for row in exact or rows), None)
 
 
-def _sample_query() -> Select[*tuple[Any, ...]]:
+def sample_query() -> Select[*tuple[Any, ...]]:
+    """Samples without their vectors, what was read of them, where they stand; ``view_of`` makes records of them."""
     newest = (
         select(FailureRow.error)
         .where(FailureRow.sample_id == SampleRow.sample_id)
@@ -446,12 +448,13 @@ def _sample_query() -> Select[*tuple[Any, ...]]:
     )
 
 
-def _view(row: Row) -> SampleView:
+def view_of(row: Row) -> SampleView:
+    """The sample of a row of ``sample_query``."""
     was_read = row["explanation"] is not None
     same = {
         name: row[name] for name in SampleView.__slots__ if name not in ("agent", "state", "explanation", "fidelity")
     }
-    same["phase"] = Phase(row["phase"])
+    same["phase"], same["attributes"] = Phase(row["phase"]), codec.attributes_of(row["attributes"])
     same["priority"], same["screens"] = row["priority"] or 0.0, row["screens"] or {}
     same["error"] = None if was_read else row["error"]
     return SampleView(

@@ -6,13 +6,15 @@ import time
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sqlalchemy import Connection, Engine, Select, delete, exists, func, select
+from sqlalchemy import ColumnElement, Connection, Engine, Select, delete, exists, func, select
+from sqlalchemy.orm import aliased
 
 from nla_monitor.store.engine import read, write
 from nla_monitor.store.models import (
     AlertMatchRow,
     AlertRow,
     MatchRow,
+    MessageRow,
     OutboxRow,
     ReadingRow,
     SampleRow,
@@ -33,12 +35,14 @@ class Pruned:
     readings: int = 0
     matches: int = 0
     outbox: int = 0
+    messages: int = 0
 
 
 def prune(engine: Engine, before: float, *, dry_run: bool = False) -> Pruned:
     """Delete samples captured before a moment, with their readings, matches and failures, and delivered outbox rows.
 
-    Kept whatever their age: samples that wait for a worker or were given up, and those that an alert rests on.
+    Messages of before go where no sample of their conversation is left. Kept whatever their age: samples that wait for
+    a worker or were given up, those that an alert rests on, and what was decided.
 
     Args:
         engine: from ``open_engine``.
@@ -65,7 +69,8 @@ def prune(engine: Engine, before: float, *, dry_run: bool = False) -> Pruned:
                     delete(OutboxRow).where(OutboxRow.state == "done", OutboxRow.done_at < before)
                 ).rowcount
                 _forget_units(connection)
-                return replace(total, outbox=delivered)
+                spoken = connection.execute(delete(MessageRow).where(*_unheard(before))).rowcount
+                return replace(total, outbox=delivered, messages=spoken)
         time.sleep(0)
 
 
@@ -74,6 +79,15 @@ def _forget_units(connection: Connection) -> None:
     left = select(SampleRow.run_id).distinct()
     for model in (UnitRow, UnitMatchRow):
         connection.execute(delete(model).where(model.run_id.not_in(left)))
+
+
+def _unheard(before: float) -> tuple[ColumnElement[bool], ...]:
+    """Messages of conversations of which no sample stays."""
+    left = aliased(SampleRow)
+    stays = left.sample_id.not_in(_old(before))
+    named = exists().where(left.agent_conversation_id == MessageRow.conversation, stays)
+    unnamed = exists().where(left.agent_root_run_id == MessageRow.conversation, stays)
+    return MessageRow.created_at < before, ~named, ~unnamed
 
 
 def _old(before: float) -> Select[str]:
@@ -99,6 +113,7 @@ def _counted(connection: Connection, ids: Select[str], before: float) -> Pruned:
         readings=count(select(func.count()).where(ReadingRow.sample_id.in_(ids))),
         matches=count(select(func.count()).where(MatchRow.sample_id.in_(ids))),
         outbox=count(select(func.count()).where(OutboxRow.state == "done", OutboxRow.done_at < before)),
+        messages=count(select(func.count()).select_from(MessageRow).where(*_unheard(before))) if before else 0,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from sqlalchemy import Engine, Select, exists, func, literal, select
 
 from nla_monitor.records import ActivationSample, AgentContext, Explanation, Fidelity, Phase, Reading, Support, Vector
-from nla_monitor.store.codec import stored_vector, support_of
+from nla_monitor.store.codec import attributes_of, more_of, stored_vector, support_of
 from nla_monitor.store.engine import read
 from nla_monitor.store.models import MatchRow, ReadingRow, RereadingRow, RunRow, SampleRow, table
 
@@ -183,8 +183,8 @@ def _reading(row: Sequence[Any]) -> Reading:
     sample_id, run_id, layer, norm, phase = row[10:15]
     vector = _NO_VECTOR if len(row) == _WIDTH else stored_vector(sample_id, *row[_WIDTH:])
     norm = math.nan if norm is None else norm
-    agent = None if row[28] is None else AgentContext(*row[28:36])
-    fields = (sample_id, run_id, layer, vector, norm, _PHASES[phase], *row[15:27], agent, row[27])
+    agent = None if row[28] is None else AgentContext(*row[28:36], **more_of(row[27]))
+    fields = (sample_id, run_id, layer, vector, norm, _PHASES[phase], *row[15:27], agent, attributes_of(row[27]))
     fields += (row[36], row[37], row[38] or 0.0, row[39] or {})
     sample = ActivationSample(*fields)
     fidelity = None

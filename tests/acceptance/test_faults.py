@@ -189,7 +189,7 @@ def steps_of(model: Qwen2ForCausalLM) -> Iterator[torch.Tensor]:
 def kill_workers(monitor: Monitor, wanted: int, killed: list[int], enough: threading.Event) -> None:
     """Kill each worker process as soon as it has started."""
     while len(killed) < wanted and not enough.wait(0.02):
-        pid = monitor._worker.pid if monitor._worker is not None else None
+        pid = monitor._reader.process.pid if monitor._reader.process is not None else None
         if pid is not None and pid not in killed:
             killed.append(pid)
             os.kill(pid, signal.SIGKILL)

@@ -85,8 +85,8 @@ def test_a_worker_killed_again_and_again_loses_and_doubles_nothing(tmp_path: Pat
         before = readings
         wait_until(lambda before=before: monitor.repository.reading_counts().readings > before)
         time.sleep(random.uniform(0.0, 0.1))
-        assert monitor._worker is not None
-        pid = monitor._worker.pid
+        assert monitor._reader.process is not None
+        pid = monitor._reader.process.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         readings = monitor.repository.reading_counts().readings
@@ -95,8 +95,8 @@ def test_a_worker_killed_again_and_again_loses_and_doubles_nothing(tmp_path: Pat
     wait_until(lambda: monitor.repository.reading_counts().readings > readings)
 
     def kill_at_the_end() -> None:
-        wait_until(lambda: monitor._worker is not None and monitor._worker._finishing)
-        pid = monitor._worker.pid if monitor._worker is not None else None
+        wait_until(lambda: monitor._reader.process is not None and monitor._reader.process._finishing)
+        pid = monitor._reader.process.pid if monitor._reader.process is not None else None
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
 

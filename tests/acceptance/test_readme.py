@@ -23,6 +23,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TOOLS = Path(sys.executable).parent
 
 
+AGENT_GUIDE = (ROOT / "integrations" / "README.md").read_text(encoding="utf-8")
+SOURCES_GUIDE = (ROOT / "nla_monitor" / "sources" / "README.md").read_text(encoding="utf-8")
 CAPTURE_GUIDE = (ROOT / "nla_monitor" / "capture" / "README.md").read_text(encoding="utf-8")
 
 
@@ -33,8 +35,11 @@ def blocks(language: str, text: str = README) -> list[str]:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's Python blocks were run one after another, as a user would."""
-    folder = tmp_path_factory.mktemp("readme")
-    for index, code in enumerate(blocks("python")):
+    return run_blocks(tmp_path_factory.mktemp("readme"), README)
+
+
+def run_blocks(folder: Path, text: str) -> Path:
+    for index, code in enumerate(blocks("python", text)):
         script = folder / f"block_{index}.py"
         script.write_text(f"import torch\ntorch.set_num_threads(1)\n{code}", encoding="utf-8")
         done = subprocess.run(
@@ -91,8 +96,31 @@ def test_configs_of_the_capture_guide_are_valid(block: str, tmp_path: Path) -> N
         assert monitor.attach(model, tokenizer).capture is not None
 
 
+def test_the_agent_guide_runs(tmp_path: Path) -> None:
+    """Its Python runs as it stands, and its commands answer on the database that the first block leaves."""
+    run_blocks(tmp_path, AGENT_GUIDE)
+    environment = {**os.environ, "NLA_MONITOR_DATABASE": f"sqlite:///{tmp_path / 'graph.db'}", "NO_COLOR": "1"}
+    for command in "".join(blocks("sh", AGENT_GUIDE)).splitlines():
+        words = [str(TOOLS / "nla-monitor"), *shlex.split(command)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert "a person (ada) said block" in done.stdout or "written to conversations.html" in done.stderr
+
+
+@pytest.mark.parametrize("line", "".join(blocks("yaml", SOURCES_GUIDE)).splitlines())
+def test_configs_of_the_sources_guide_are_valid(line: str, tmp_path: Path) -> None:
+    """The one that is shown and those that are commented out."""
+    file = tmp_path / "nla-monitor.yaml"
+    file.write_text(line.removeprefix("# "), encoding="utf-8")
+    assert load_config(file).source is not None
+
+
 def test_links_lead_somewhere() -> None:
-    """Relative links of README and ARCHITECTURE name files that exist; so do the paths in the map."""
+    """Relative links of README, ARCHITECTURE and guides name files that exist; so do the paths in the map."""
+    guides = [ROOT / "integrations" / "README.md", *(ROOT / "nla_monitor").glob("*/README.md")]
+    for guide in guides:
+        for target in re.findall(r"\]\(([^)#:]+)\)", guide.read_text(encoding="utf-8")):
+            assert (guide.parent / target).exists(), (guide, target)
     architecture = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", README + architecture):
         assert (ROOT / target).exists(), target

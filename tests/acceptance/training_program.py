@@ -25,7 +25,7 @@ class Speaks(TrainerCallback):
         self._watch = watch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        worker = self._watch.monitor._worker
+        worker = self._watch.monitor._reader.process
         print(json.dumps({"step": state.global_step, "worker": worker.pid if worker else None}), flush=True)
 
 

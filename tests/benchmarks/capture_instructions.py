@@ -24,8 +24,8 @@ import torch
 from tests.benchmarks.capture_arms import ARMS, SIZES, Setting, unavailable
 
 ROOT = Path(__file__).parents[2]
-STEPS = 6
-WARM_UP = 5
+STEPS = 4
+WARM_UP = 4
 """Beyond the first steps, in which adapters are looked for that came late (once a run, not once a step)."""
 _TOTAL = re.compile(r"^(?:totals|summary): (\d+)", re.MULTILINE)
 

@@ -26,7 +26,7 @@ from nla_monitor_langchain import ChatNLAModel, NLACallbackHandler
 from nla_monitor.capture import Capture, SessionHandle
 from nla_monitor.config import CaptureConfig, QueueConfig
 from nla_monitor.guard import Guard
-from nla_monitor.records import ActivationSample, AgentContext, Phase, Scalar
+from nla_monitor.records import ActivationSample, AgentContext, Completion, Phase, Scalar
 from tests.langchain_support import LAYER, byte_tokenizer, text_pipeline, tiny_llama
 
 TOKENS = 6
@@ -61,7 +61,7 @@ class CaptureMonitor:
     ) -> SessionHandle:
         return self.capture.sessions.open(context, token_ids, traceparent=traceparent, attributes=attributes)
 
-    def close_session(self, handle: SessionHandle) -> None:
+    def close_session(self, handle: SessionHandle, *, completion: Completion | None = None) -> None:
         self.capture.sessions.close(handle)
 
     def runs(self) -> dict[str, list[ActivationSample]]:
@@ -271,6 +271,33 @@ def test_identical_prompts_at_once_with_the_exact_model(model: Any, tokenizer: A
         for sample in written:
             assert sample.agent is not None
             assert sample.token_id in expected
+
+
+def test_identical_prompts_at_once_through_a_pipeline(model: Any, tokenizer: Any, monitor: CaptureMonitor) -> None:
+    """Sync and async: the forward runs in the context that announced the call, which tells equal prompts apart."""
+    llm = HuggingFacePipeline(pipeline=text_pipeline(model, tokenizer, max_new_tokens=TOKENS))
+    written: dict[str, list[int]] = {}
+    generate = model.generate
+    here = threading.local()
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        output = generate(*args, **{**kwargs, "do_sample": True, "temperature": 5.0})
+        here.written = output[0, kwargs["input_ids"].shape[1] :].tolist()
+        return output
+
+    def work(run_id: uuid.UUID) -> None:
+        llm.invoke("same", {"callbacks": [NLACallbackHandler(monitor, llm=llm)], "run_id": run_id})
+        written[str(run_id)] = here.written
+
+    model.generate = remember
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, [uuid.uuid4() for _ in range(16)]))
+    runs = monitor.runs()
+    assert set(runs) == set(written)
+    for run, samples in runs.items():
+        for sample in samples:
+            if sample.agent is not None and sample.agent.token_index is not None:
+                assert sample.token_id == written[run][sample.agent.token_index]
 
 
 def chat_written(chat: ChatNLAModel, run: str, texts: Mapping[str, str]) -> set[int]:

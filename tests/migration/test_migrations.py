@@ -86,7 +86,7 @@ def next_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             from alembic import op
 
             revision = "9999"
-            down_revision = "0003"
+            down_revision = "0004"
 
 
             def upgrade():
@@ -126,7 +126,7 @@ def test_the_migrations_make_what_the_models_say(engine: Engine) -> None:
     assert tables(engine) == OURS
 
 
-NEWEST = "0003"
+NEWEST = "0004"
 """The newest revision that the package ships; ``next_version`` adds one after it."""
 
 
@@ -242,7 +242,7 @@ def test_a_migration_that_breaks_a_reference_is_undone(sqlite: Engine, next_vers
 def test_an_older_schema_is_upgraded_in_a_file_and_refused_on_a_server(engine: Engine, next_version: Path) -> None:
     upgrade(engine, NEWEST)
     before = fill(engine)
-    with pytest.raises(SchemaVersionError, match=r"revision 0003\) is older.*nla-monitor db upgrade"):
+    with pytest.raises(SchemaVersionError, match=rf"revision {NEWEST}\) is older.*nla-monitor db upgrade"):
         require(engine)
     if engine.dialect.name == "sqlite":
         prepare(engine)

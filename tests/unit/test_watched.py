@@ -11,6 +11,7 @@ import pytest
 from nla_monitor.config import CaptureConfig, load_config
 from nla_monitor.errors import AttachError, ConfigError
 from nla_monitor.rules.probe import Probe, save_probe
+from nla_monitor.sources import TapSource
 from nla_monitor.watched import Layers, Watched, layers_of, screens_of
 
 
@@ -91,7 +92,9 @@ def test_a_name_is_one_models_and_a_model_has_one_name() -> None:
     watched, policy, reference = Watched(), object(), object()
     capture: Any = object()
     assert not watched.holds(policy, None)
-    watched.add(policy, None, capture)
+    tap = TapSource(policy)
+    tap.capture = capture
+    watched.add(tap)
     assert watched.holds(policy, None)
     with pytest.raises(AttachError, match=r"already attached to a object. Give each model a name of its own"):
         watched.holds(reference, None)

@@ -18,6 +18,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("langchain-core", "langchain", "nla_monitor_langchain") from error
 
+from nla_monitor_langchain.ambient import watching
 from nla_monitor_langchain.chat_model import ChatNLAModel
 from nla_monitor_langchain.extract import LLMPromptEncoder, PromptEncoder, TokenizerPromptEncoder, prompt_encoder
 from nla_monitor_langchain.handler import NLACallbackHandler, watch
@@ -33,4 +34,5 @@ __all__ = [
     "TrackerStats",
     "prompt_encoder",
     "watch",
+    "watching",
 ]

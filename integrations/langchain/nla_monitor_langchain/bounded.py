@@ -62,3 +62,29 @@ class BoundedMap(Generic[K, V]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+class Families:
+    """What is open under each root; a root with nothing open is forgotten. Not thread-safe: its owner holds a lock."""
+
+    def __init__(self) -> None:
+        self._members: dict[str, set[str]] = {}
+
+    def add(self, root: str, member: str) -> None:
+        """Something has begun under this root."""
+        self._members.setdefault(root, set()).add(member)
+
+    def discard(self, root: str, member: str) -> None:
+        """It has ended, or was given up."""
+        members = self._members.get(root)
+        if members is not None:
+            members.discard(member)
+            if not members:
+                del self._members[root]
+
+    def pop(self, root: str) -> set[str]:
+        """All that is still open under a root that has ended."""
+        return self._members.pop(root, set())
+
+    def __len__(self) -> int:
+        return len(self._members)

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import ConfigDict, Field, SkipValidation
+from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation
 from transformers import GenerationConfig
 
-from nla_monitor.records import AgentContext, uuid7
-from nla_monitor_langchain.extract import CHAT_NLA_TYPE, chat_ids, fingerprint, token_list
+from nla_monitor.records import AgentContext, Completion, uuid7
+from nla_monitor_langchain.extract import CHAT_NLA_TYPE, Encoded, chat_text, fingerprint, token_list
 from nla_monitor_langchain.generation import GumbelSampler, StopOnText, TextThread, cut_at_stop, hold_back, prompt_seed
 from nla_monitor_langchain.handler import last_started
-from nla_monitor_langchain.tracker import ModelCall, tracker_for, trackers
+from nla_monitor_langchain.outline import Outliner
+from nla_monitor_langchain.tracker import ModelCall, Prompt, tracker_for, trackers
 
 
 class ChatNLAModel(BaseChatModel):
@@ -62,6 +64,13 @@ class ChatNLAModel(BaseChatModel):
     monitor: SkipValidation[Any] = None
     """A ``Monitor``, for samples without any callback handler."""
 
+    _outliner: Outliner = PrivateAttr()
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Copies the tokenizer, so that nothing but the host's own calls ever uses the host's."""
+        super().model_post_init(context)
+        self._outliner = Outliner(self.tokenizer, "" if self.prompt_format else "\n")
+
     @property
     def _llm_type(self) -> str:
         return CHAT_NLA_TYPE
@@ -89,10 +98,22 @@ class ChatNLAModel(BaseChatModel):
 
     def prompt_ids(self, messages: Sequence[BaseMessage], tools: Any = None) -> list[int]:
         """Token ids ``[token]`` of what the model is fed for these messages."""
-        if self.prompt_format is None and getattr(self.tokenizer, "chat_template", None):
-            return chat_ids(self.tokenizer, messages, tools=tools)
-        text = self.prompt_format(list(messages)) if self.prompt_format else "\n".join(item.text for item in messages)
-        return token_list(self.tokenizer(text)["input_ids"])
+        return self._encode(messages, tools).ids
+
+    def prompt_text(self, messages: Sequence[BaseMessage], tools: Any = None) -> str:
+        """The text that is tokenized for these messages."""
+        if self._templated:
+            return chat_text(self.tokenizer, messages, tools=tools)
+        return self.prompt_format(list(messages)) if self.prompt_format else "\n".join(item.text for item in messages)
+
+    @property
+    def _templated(self) -> bool:
+        return self.prompt_format is None and bool(getattr(self.tokenizer, "chat_template", None))
+
+    def _encode(self, messages: Sequence[BaseMessage], tools: Any) -> Encoded:
+        text = self.prompt_text(messages, tools)
+        # A template writes the special tokens itself; a plain text gets the tokenizer's.
+        return Encoded(token_list(self.tokenizer(text, add_special_tokens=not self._templated)["input_ids"]), text)
 
     def _generate(
         self,
@@ -101,9 +122,10 @@ class ChatNLAModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        ids, stops = self.prompt_ids(messages, kwargs.get("tools")), self._stops(stop)
-        with self._sessions(messages, run_manager, last_started.get()):
+        (ids, fed), stops = self._encode(messages, kwargs.get("tools")), self._stops(stop)
+        with self._sessions(messages, Encoded(ids, fed), run_manager, last_started.get()) as tell:
             written = self._decode(ids, stops, threading.Event(), kwargs)
+            tell(written)
         text, stopped = cut_at_stop(self.tokenizer.decode(written, skip_special_tokens=True), stops)
         reason = "stop" if stopped or len(written) < self._limit(kwargs) else "length"
         usage = _usage(len(ids), len(written))
@@ -117,13 +139,15 @@ class ChatNLAModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        ids, stops = self.prompt_ids(messages, kwargs.get("tools")), self._stops(stop)
+        (ids, fed), stops = self._encode(messages, kwargs.get("tools")), self._stops(stop)
         hint, cancelled, written = last_started.get(), threading.Event(), 0
 
         def generate(streamer: TextThread) -> None:
             nonlocal written
-            with self._sessions(messages, run_manager, hint):
-                written = len(self._decode(ids, stops, cancelled, kwargs, streamer))
+            with self._sessions(messages, Encoded(ids, fed), run_manager, hint) as tell:
+                tokens = self._decode(ids, stops, cancelled, kwargs, streamer)
+                tell(tokens)
+            written = len(tokens)
 
         text = ""
         for piece in hold_back(TextThread(self.tokenizer, generate, cancelled).pieces(), stops):
@@ -191,17 +215,33 @@ class ChatNLAModel(BaseChatModel):
 
     @contextmanager
     def _sessions(
-        self, messages: Sequence[BaseMessage], run_manager: CallbackManagerForLLMRun | None, hint: str | None
-    ) -> Iterator[None]:
-        """Around the forward passes, in their thread: a session in each monitor whose handler announced the call."""
+        self,
+        messages: Sequence[BaseMessage],
+        fed: Encoded,
+        run_manager: CallbackManagerForLLMRun | None,
+        hint: str | None,
+    ) -> Iterator[Callable[[list[int]], None]]:
+        """Around the forward passes, in their thread: a session in each monitor whose handler announced the call.
+
+        Yields:
+            To be called with the ids that were written.
+        """
         run_id = str(run_manager.run_id) if run_manager else None
         key = fingerprint(messages)
+        prompt = Prompt(None, fed.text, partial(self._outliner.spans, tuple(messages), fed.text, fed.ids))
         with ExitStack() as stack:
-            known = [stack.enter_context(tracker.claim(run_id, key, hint)) for tracker in trackers()]
-            if self.monitor is not None and not any(known):
+            claims = [stack.enter_context(tracker.claim(run_id, key, hint, prompt)) for tracker in trackers()]
+            if self.monitor is not None and not any(claims):
                 context = AgentContext(run_id or uuid7(), _parent(run_manager), _parent(run_manager) or run_id)
-                stack.enter_context(tracker_for(self.monitor).session(ModelCall(context, CHAT_NLA_TYPE)))
-            yield
+                call = ModelCall(context, CHAT_NLA_TYPE)
+                claims.append(stack.enter_context(tracker_for(self.monitor).session(call, prompt)))
+
+            def tell(written: list[int]) -> None:
+                for claim in claims:
+                    if claim is not None:
+                        claim.completion = Completion(token_ids=tuple(written), prompt_ids=tuple(fed.ids))
+
+            yield tell
 
 
 def _parent(run_manager: CallbackManagerForLLMRun | None) -> str | None:

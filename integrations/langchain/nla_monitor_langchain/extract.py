@@ -13,12 +13,13 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 from langchain_core.messages import BaseMessage, convert_to_openai_messages
 from langchain_core.runnables import RunnableBinding
 
 from nla_monitor.errors import ConfigError
+from nla_monitor_langchain.outline import Outliner
 
 CHAT_NLA_TYPE = "nla-chat"
 """``_llm_type`` of ``ChatNLAModel``: it opens its own sessions, with the ids that it feeds."""
@@ -27,15 +28,29 @@ HUGGINGFACE_CHAT_TYPE = "huggingface-chat-wrapper"
 """``_llm_type`` of ``ChatHuggingFace``: it renders the chat template to text, which the pipeline tokenizes again."""
 
 
+class Encoded(NamedTuple):
+    """A chat prompt as the model is fed it."""
+
+    ids: list[int]
+    """``[token]``."""
+    text: str
+    """What was tokenized."""
+
+
 class PromptEncoder(Protocol):
     """Turns what LangChain tells into the token ids that the model is fed."""
+
+    @property
+    def outliner(self) -> Outliner:
+        """Finds the messages of a prompt in its tokens."""
+        ...
 
     def encode_text(self, prompt: str, params: Mapping[str, Any]) -> list[int]:
         """Ids of a text prompt; ``params`` are the call's ``invocation_params``."""
         ...
 
-    def encode_messages(self, messages: Sequence[BaseMessage], params: Mapping[str, Any]) -> list[int]:
-        """Ids of a chat prompt."""
+    def encode_messages(self, messages: Sequence[BaseMessage], params: Mapping[str, Any]) -> Encoded:
+        """Ids and text of a chat prompt."""
         ...
 
     def serves(self, model_type: str, *, chat: bool) -> bool:
@@ -65,21 +80,19 @@ class TokenizerPromptEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
+        self.outliner = Outliner(tokenizer)
 
     def encode_text(self, prompt: str, params: Mapping[str, Any]) -> list[int]:
         """Ids of a text prompt with the tokenizer's default special tokens."""
         with self._lock:
             return token_list(self._tokenizer(prompt)["input_ids"])
 
-    def encode_messages(self, messages: Sequence[BaseMessage], params: Mapping[str, Any]) -> list[int]:
-        """Ids of a chat prompt: template in one go, or to text and tokenized again where the wrapper does so."""
+    def encode_messages(self, messages: Sequence[BaseMessage], params: Mapping[str, Any]) -> Encoded:
+        """The template's tokens; with the tokenizer's special tokens around it where the wrapper tokenizes a text."""
+        again = params.get("_type") == HUGGINGFACE_CHAT_TYPE
         with self._lock:
-            if params.get("_type") == HUGGINGFACE_CHAT_TYPE:
-                text = self._tokenizer.apply_chat_template(
-                    plain_messages(messages), tokenize=False, add_generation_prompt=True
-                )
-                return token_list(self._tokenizer(text)["input_ids"])
-            return chat_ids(self._tokenizer, messages, tools=params.get("tools"))
+            text = chat_text(self._tokenizer, messages, tools=None if again else params.get("tools"))
+            return Encoded(token_list(self._tokenizer(text, add_special_tokens=again)["input_ids"]), text)
 
     def serves(self, model_type: str, *, chat: bool) -> bool:
         """A tokenizer can't tell whose it is: any model is tried, except that messages need a chat template."""
@@ -98,9 +111,28 @@ class LLMPromptEncoder:
         self._type = str(getattr(model, "_llm_type", type(model).__name__))
         self._chat = model if hasattr(model, "_to_chat_prompt") else None
         self._own = model if hasattr(model, "prompt_ids") else None
-        self._pipeline = None if self._own else _private_pipeline(model)
-        self._constructed_with = getattr(getattr(model, "llm", model), "pipeline_kwargs", None)
+        self._holder = getattr(model, "llm", model)
+        self._copied: Any = None
+        self._pipeline: Any = None
+        self._constructed_with = getattr(self._holder, "pipeline_kwargs", None)
         self._lock = threading.Lock()
+        self._outliner = Outliner(self._own.tokenizer) if self._own is not None else None
+        if self._own is None:
+            self._keep_up(type(model).__name__)
+
+    @property
+    def outliner(self) -> Outliner:
+        """Finds the messages of a prompt in its tokens."""
+        if self._outliner is None:
+            raise ConfigError(f"a model of type {self._type!r} has no tokenizer to find messages with")
+        return self._outliner
+
+    def _keep_up(self, name: str) -> None:
+        """A copy of the pipeline that the model has now: its owner may have put another in its place."""
+        live = getattr(self._holder, "pipeline", None)
+        if live is not self._copied or self._pipeline is None:
+            self._pipeline = _private_pipeline(live, name)
+            self._copied, self._outliner = live, Outliner(self._pipeline.tokenizer)
 
     def serves(self, model_type: str, *, chat: bool) -> bool:
         """Whether a call is of the class of model that was given."""
@@ -113,25 +145,28 @@ class LLMPromptEncoder:
         ``pipeline_kwargs`` of a single ``invoke``: if those change the tokenization, the call has no samples and is
         counted.
         """
-        if self._pipeline is None:
+        if self._own is not None:
             raise ConfigError(f"a model of type {self._type!r} takes messages, not a text prompt")
         extra = params.get("pipeline_kwargs") or {}
         if extra == self._constructed_with:
             extra = {}  # LangChain reports the constructor's here, which the pipeline has already, or never sees
         with self._lock:
+            self._keep_up(self._type)
             preprocess, _, _ = self._pipeline._sanitize_parameters(**extra)  # noqa: SLF001 -- Pipeline.__call__ does so
             settings = {**self._pipeline._preprocess_params, **preprocess}  # noqa: SLF001 -- and this
             inputs = self._pipeline.preprocess(prompt, **settings)
         return token_list(inputs["input_ids"])
 
-    def encode_messages(self, messages: Sequence[BaseMessage], params: Mapping[str, Any]) -> list[int]:
-        """Ids of the chat prompt as the model renders it."""
+    def encode_messages(self, messages: Sequence[BaseMessage], params: Mapping[str, Any]) -> Encoded:
+        """The chat prompt as the model renders and tokenizes it."""
         if self._own is not None:
-            return list(self._own.prompt_ids(list(messages), tools=params.get("tools")))
+            tools = params.get("tools")
+            return Encoded(self._own.prompt_ids(list(messages), tools), self._own.prompt_text(list(messages), tools))
         if self._chat is None:
             raise ConfigError(f"a model of type {self._type!r} takes a text prompt, not messages")
         # Template rendering only: no tokenizer state is touched, so the chat model's own tokenizer may do it.
-        return self.encode_text(self._chat._to_chat_prompt(list(messages)), {})  # noqa: SLF001 -- what it feeds
+        text = str(self._chat._to_chat_prompt(list(messages)))  # noqa: SLF001 -- what it feeds
+        return Encoded(self.encode_text(text, {}), text)
 
 
 def unwrap(llm: Any) -> Any:
@@ -141,11 +176,10 @@ def unwrap(llm: Any) -> Any:
     return llm
 
 
-def _private_pipeline(model: Any) -> Any:
-    pipeline: Any = getattr(getattr(model, "llm", model), "pipeline", None)
+def _private_pipeline(pipeline: Any, name: str) -> Any:
     if getattr(pipeline, "tokenizer", None) is None or not hasattr(pipeline, "preprocess"):
         raise ConfigError(
-            f"llm={type(model).__name__} has no local transformers pipeline: its activations cannot be read. Give a "
+            f"llm={name} has no local transformers pipeline: its activations cannot be read. Give a "
             "HuggingFacePipeline, a ChatHuggingFace over one, or a ChatNLAModel; for another wrapper of local weights "
             "give tokenizer=... instead"
         )
@@ -181,12 +215,11 @@ def _as_object(arguments: Any) -> Any:
         return arguments
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[BaseMessage], tools: Any = None) -> list[int]:
-    """Ids ``[token]`` of a chat prompt through the tokenizer's template, with the generation prompt."""
-    encoded = tokenizer.apply_chat_template(
-        plain_messages(messages), tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
+def chat_text(tokenizer: Any, messages: Sequence[BaseMessage], tools: Any = None) -> str:
+    """A chat prompt as the tokenizer's template renders it, with the generation prompt."""
+    return str(
+        tokenizer.apply_chat_template(plain_messages(messages), tools=tools, add_generation_prompt=True, tokenize=False)
     )
-    return token_list(encoded["input_ids"])
 
 
 def fingerprint(messages: Sequence[BaseMessage]) -> str:

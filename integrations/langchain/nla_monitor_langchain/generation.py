@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, StoppingCriteria, TextStreamer
 
+from nla_monitor.leaving import busy, checkpoint
+
 
 class GumbelSampler(LogitsProcessor):
     """Makes greedy decoding draw exact samples: ``argmax(logits / t + g)``, ``g`` i.i.d. standard Gumbel noise.
@@ -80,6 +82,7 @@ class StopOnText(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """``[batch]`` of bool: this row is done."""
+        checkpoint()
         done = [self._cancelled.is_set() or self._stopped(row) for row in input_ids]
         return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
 
@@ -122,7 +125,8 @@ class TextThread(TextStreamer):
 
     def _run(self) -> None:
         try:
-            self._generate(self)
+            with busy():
+                self._generate(self)
         except BaseException as error:  # noqa: BLE001 -- handed to the consumer, which raises it
             self._pieces.put(error)
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -21,7 +22,8 @@ from nla_monitor.guard import strict
 from nla_monitor.records import AgentContext, Scalar
 from nla_monitor_langchain.extract import CHAT_NLA_TYPE, PromptEncoder, fingerprint, prompt_encoder
 from nla_monitor_langchain.lineage import Run, ToolResult, flat_text, result_needles, sequence_step, tool_of_messages
-from nla_monitor_langchain.tracker import AgentMonitor, ModelCall, TrackerStats, tracker_for
+from nla_monitor_langchain.tracker import AgentMonitor, ModelCall, Prompt, TrackerStats, tracker_for
+from nla_monitor_langchain.visible import tell_answer, tell_messages, tell_text
 
 last_started: ContextVar[str | None] = ContextVar("nla_monitor_langchain_last_started", default=None)
 """Run id of the chat model call started last in this context: LangChain passes no run id to ``_stream``."""
@@ -35,7 +37,8 @@ class NLACallbackHandler(BaseCallbackHandler):
     """Give it in ``config={"callbacks": [handler]}`` of an agent, chain or model over local weights.
 
     Each sample taken during a model call then carries ``agent_run_id``, ``parent_run_id``, ``root_run_id``, the tool
-    whose result the model was reading, LangGraph node, conversation (``thread_id``) and the trace context. Works with
+    and tool call whose result the model was reading, LangGraph node, conversation (``thread_id``) and the trace
+    context; in a chat prompt also whose message its token stands in, and which tokens that message is. Works with
     ``invoke``, ``ainvoke``, ``stream``, ``astream``, ``batch`` and ``abatch``, from any number of threads: forward
     passes are recognised by the prompt's token ids, so streaming from a bare thread is no obstacle.
 
@@ -98,9 +101,11 @@ class NLACallbackHandler(BaseCallbackHandler):
                 return
             run, model_type = self._run(run_id, parent_run_id, tags), str(params.get("_type", ""))
             call = self._call(run, metadata, model_type, "\n".join(prompts))
+            tell_text(self._monitor, call.context, "\n".join(prompts))
             encoder = self._encoder_for(call.model_type, chat=False)
             if encoder is not None:
-                self._tracker.start_call(call, [encoder.encode_text(prompt, params) for prompt in prompts])
+                fed = [Prompt(encoder.encode_text(prompt, params), prompt) for prompt in prompts]
+                self._tracker.start_call(call, fed)
 
     def on_chat_model_start(
         self,
@@ -120,22 +125,27 @@ class NLACallbackHandler(BaseCallbackHandler):
                 return
             flat = [message for conversation in messages for message in conversation]
             run, model_type = self._run(run_id, parent_run_id, tags), str(params.get("_type", ""))
-            tool, key = tool_of_messages(flat), fingerprint(flat)
-            call = self._call(run, metadata, model_type, flat_text(flat), tool=tool, key=key)
+            read, key = tool_of_messages(flat), fingerprint(flat)
+            call = self._call(run, metadata, model_type, flat_text(flat), read=read, key=key)
+            tell_messages(self._monitor, call.context, flat)
             if call.model_type == CHAT_NLA_TYPE:
                 last_started.set(str(run_id))
                 self._tracker.start_call(call, (), claimable=True)
                 return
             encoder = self._encoder_for(call.model_type, chat=True)
             if encoder is not None:
-                self._tracker.start_call(call, [encoder.encode_messages(item, params) for item in messages])
+                self._tracker.start_call(call, [_chat_prompt(encoder, item, params) for item in messages])
 
     def on_llm_end(
         self, response: LLMResult, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
     ) -> None:
         """A model call has ended."""
         with self._monitor.guard("langchain.on_llm_end"):
-            self._tracker.end_call(str(run_id))
+            tell_answer(self._monitor, str(run_id), response)
+            for tool_call_id in written_calls(response):
+                self._tracker.wrote_call(tool_call_id, str(run_id))
+            answers = [options[0].text for options in response.generations if options]
+            self._tracker.end_call(str(run_id), answers)
 
     def on_llm_error(
         self, error: BaseException, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
@@ -190,7 +200,8 @@ class NLACallbackHandler(BaseCallbackHandler):
         """A tool has started."""
         with self._monitor.guard("langchain.on_tool_start"):
             name = (serialized or {}).get("name") or kwargs.get("name")
-            self._tracker.start_run(self._run(run_id, parent_run_id, tags, name))
+            run = self._run(run_id, parent_run_id, tags, name, tool_call_id=kwargs.get("tool_call_id"))
+            self._tracker.start_run(run)
 
     def on_tool_end(self, output: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any) -> None:
         """A tool has returned: the next model call that reads its result carries its name."""
@@ -203,6 +214,7 @@ class NLACallbackHandler(BaseCallbackHandler):
                     parent_run_id=run.parent_run_id,
                     step=run.step,
                     needles=result_needles(output),
+                    tool_call_id=run.tool_call_id or getattr(output, "tool_call_id", None),
                 )
                 self._tracker.tool_result(run.root_run_id, result)
 
@@ -215,9 +227,17 @@ class NLACallbackHandler(BaseCallbackHandler):
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _run(self, run_id: UUID, parent: UUID | None, tags: Sequence[str] | None, name: str | None = None) -> Run:
+    def _run(
+        self,
+        run_id: UUID,
+        parent: UUID | None,
+        tags: Sequence[str] | None,
+        name: str | None = None,
+        *,
+        tool_call_id: str | None = None,
+    ) -> Run:
         run, parent_id = str(run_id), _text(parent)
-        return Run(run, parent_id, self._tracker.root_of(run, parent_id), name, sequence_step(tags))
+        return Run(run, parent_id, self._tracker.root_of(run, parent_id), name, sequence_step(tags), tool_call_id)
 
     def _call(
         self,
@@ -226,18 +246,21 @@ class NLACallbackHandler(BaseCallbackHandler):
         model_type: str,
         prompt: str,
         *,
-        tool: str | None = None,
+        read: tuple[str | None, str | None] = (None, None),
         key: str | None = None,
     ) -> ModelCall:
         reads = tuple(self._tracker.results_read(run, prompt))
         known = metadata or {}
+        if read == (None, None) and reads:
+            read = reads[-1].tool, reads[-1].tool_call_id
         context = AgentContext(
             agent_run_id=run.run_id,
             parent_run_id=run.parent_run_id,
             root_run_id=run.root_run_id,
-            tool=tool or (reads[-1].tool if reads else None),
+            tool=read[0],
+            tool_call_id=read[1],
             node=_text(known.get("langgraph_node")),
-            conversation_id=_conversation(known) or _conversation(ensure_config().get("configurable") or {}),
+            conversation_id=conversation_of(known) or conversation_of(ensure_config().get("configurable") or {}),
         )
         return ModelCall(context, model_type, current_traceparent(), _attributes(model_type, reads), reads, key)
 
@@ -267,6 +290,18 @@ def watch(llm: Any, monitor: AgentMonitor) -> Any:
     return llm.with_config(callbacks=[NLACallbackHandler(monitor, llm=llm)])
 
 
+def written_calls(response: LLMResult) -> list[str]:
+    """Ids of the tool calls that a model call has asked for."""
+    generations = (option for options in response.generations for option in options)
+    messages = (getattr(generation, "message", None) for generation in generations)
+    return [call["id"] for message in messages for call in getattr(message, "tool_calls", ()) if call["id"]]
+
+
+def _chat_prompt(encoder: PromptEncoder, messages: Sequence[BaseMessage], params: Mapping[str, Any]) -> Prompt:
+    ids, text = encoder.encode_messages(messages, params)
+    return Prompt(ids, text, partial(encoder.outliner.spans, tuple(messages), text, ids))
+
+
 def current_traceparent() -> str | None:
     """W3C trace context of the current span, or None. Read only: attaching one in a callback breaks other tracers."""
     carrier: dict[str, str] = {}
@@ -274,7 +309,8 @@ def current_traceparent() -> str | None:
     return carrier.get("traceparent")
 
 
-def _conversation(values: Mapping[str, Any]) -> str | None:
+def conversation_of(values: Mapping[str, Any]) -> str | None:
+    """The conversation's id in a call's metadata or ``configurable``; None where it has none."""
     return next((str(values[key]) for key in _CONVERSATION_KEYS if values.get(key)), None)
 
 

@@ -41,6 +41,8 @@ class Run:
     name: str | None
     step: int | None
     """Its place in the ``RunnableSequence`` that is its parent; None elsewhere."""
+    tool_call_id: str | None = None
+    """Of a tool's run: which call it answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class ToolResult:
     step: int | None
     needles: tuple[str, ...]
     """Texts by which the result is recognised in a prompt."""
+    tool_call_id: str | None = None
 
 
 class ToolLedger:
@@ -121,8 +124,8 @@ def _as_json(value: Any) -> list[str]:
         return []
 
 
-def tool_of_messages(messages: Sequence[BaseMessage]) -> str | None:
-    """Name of the tool whose result a chat prompt ends with: the last ``ToolMessage`` after the last ``AIMessage``."""
+def tool_of_messages(messages: Sequence[BaseMessage]) -> tuple[str | None, str | None]:
+    """Tool and call id of the result that a chat prompt reads: the last message of a tool after the model's."""
     names: dict[str, str] = {}
     last: ToolMessage | None = None
     for message in messages:
@@ -131,7 +134,7 @@ def tool_of_messages(messages: Sequence[BaseMessage]) -> str | None:
             names.update({call["id"]: call["name"] for call in message.tool_calls if call["id"]})
         elif isinstance(message, ToolMessage):
             last = message
-    return None if last is None else last.name or names.get(last.tool_call_id)
+    return (None, None) if last is None else (last.name or names.get(last.tool_call_id), last.tool_call_id)
 
 
 def flat_text(messages: Sequence[BaseMessage]) -> str:

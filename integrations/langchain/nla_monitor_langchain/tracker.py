@@ -14,17 +14,19 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Protocol
 
 from nla_monitor.guard import Guard
-from nla_monitor.records import AgentContext, Scalar
-from nla_monitor_langchain.bounded import BoundedMap
+from nla_monitor.records import AgentContext, Completion, MessageSpan, Scalar
+from nla_monitor_langchain.bounded import BoundedMap, Families
 from nla_monitor_langchain.lineage import Run, ToolLedger, ToolResult
 
 logger = logging.getLogger("nla_monitor")
 
 MAX_RUNS = 16_384
 MAX_MODEL_CALLS = 1_024
+MAX_TOOL_CALLS = 4_096
 TTL_SECONDS = 3_600.0
 SETTLE_SECONDS = 5.0
 MAX_SETTLING = 1_024
@@ -52,9 +54,29 @@ class AgentMonitor(Protocol):
         """
         ...
 
-    def close_session(self, handle: Any) -> None:
-        """No further forward pass belongs to the session."""
+    def close_session(self, handle: Any, *, completion: Completion | None = None) -> None:
+        """No further forward pass belongs to the session; ``completion`` is what the model answered, where it did."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a model call."""
+
+    token_ids: Sequence[int] | None
+    """``[token]`` as the model is fed it; None: whatever the calling thread feeds it."""
+    text: str | None = None
+    """What was tokenized, to be taken off an answer that repeats it."""
+    outline: Callable[[], Sequence[MessageSpan]] | None = None
+    """Finds its messages among its tokens; called on the capture's thread, if at all."""
+
+
+@dataclass(slots=True)
+class Claim:
+    """A call that a model of ours works on; it says here what it wrote."""
+
+    call: ModelCall
+    completion: Completion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +107,12 @@ class _Open:
 
     call: ModelCall
     handles: list[Any] = field(default_factory=list)
+    prompts: list[str | None] = field(default_factory=list)
+    """Text of the prompt of each session."""
     claimable: bool = False
     """The model itself opens the session (``ChatNLAModel``); False once it has."""
+    claimed: bool = False
+    """It has, and closes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +124,9 @@ class TrackerStats:
     duplicates: int
     """Start events of a model call already known: a handler is installed twice."""
     expired: int
-    """Sessions closed because no end event came."""
+    """Sessions closed because no end event came for too long."""
+    abandoned: int
+    """Model calls whose agent ended before they did: cancelled in their midst."""
     unwatched: Mapping[str, int]
     """Model calls for which no tokenizer is known, by model type: nothing was opened for them."""
     without_activations: Mapping[str, int]
@@ -136,8 +164,10 @@ class Tracker:
         self._runs: BoundedMap[str, Run] = BoundedMap(max_runs, ttl_seconds, clock)
         self._ledgers: BoundedMap[str, ToolLedger] = BoundedMap(max_runs, ttl_seconds, clock)
         self._calls: BoundedMap[str, _Open] = BoundedMap(max_calls, ttl_seconds, clock)
+        self._writers: BoundedMap[str, str] = BoundedMap(MAX_TOOL_CALLS, ttl_seconds, clock)
         self._clock = clock
         self._settle_seconds = settle_seconds
+        self._families = Families()
         self._ended: deque[_Ended] = deque()
         self._counts: Counter[str] = Counter()
         self._silent: Counter[str] = Counter()
@@ -155,15 +185,33 @@ class Tracker:
     def start_run(self, run: Run) -> None:
         """A chain or tool run has started."""
         with self._lock:
-            self._runs.put(run.run_id, run)
+            self._families.add(run.root_run_id, run.run_id)
+            for old in self._runs.put(run.run_id, run):
+                self._families.discard(old.root_run_id, old.run_id)
 
     def end_run(self, run_id: str) -> Run | None:
-        """A chain or tool run has ended; with the root goes what its tools returned."""
+        """A chain or tool run has ended; with the root goes what its tools returned, and what was never ended in it.
+
+        A cancelled task tells the root, but not every run inside.
+        """
+        left: set[str] = set()
         with self._lock:
             run = self._runs.pop(run_id)
-            if run is not None and run.root_run_id == run_id:
-                self._ledgers.pop(run_id)
+            if run is not None:
+                self._families.discard(run.root_run_id, run_id)
+                if run.root_run_id == run_id:
+                    self._ledgers.pop(run_id)
+                    left = self._families.pop(run_id)
+        for member in left:
+            self._abandon(member)
         return run
+
+    def _abandon(self, run_id: str) -> None:
+        """A run, or a model call, whose end will not come."""
+        with self._lock:
+            self._runs.pop(run_id)
+            self._counts["abandoned"] += run_id in self._calls
+        self.end_call(run_id, failed=True)
 
     def tool_result(self, root_run_id: str, result: ToolResult) -> None:
         """A tool has returned something that a later model call of the same root may read."""
@@ -187,8 +235,8 @@ class Tracker:
             self._counts["duplicates"] += known
         return known
 
-    def start_call(self, call: ModelCall, prompts: Sequence[Sequence[int]], *, claimable: bool = False) -> None:
-        """A model call begins: one capture session for each prompt's token ids (``[prompt][token]``).
+    def start_call(self, call: ModelCall, prompts: Sequence[Prompt], *, claimable: bool = False) -> None:
+        """A model call begins: one capture session for each prompt.
 
         ``claimable``: none yet, the model will ``claim`` the call in the thread that runs its forward passes.
         """
@@ -199,27 +247,53 @@ class Tracker:
                 self._counts["duplicates"] += 1
                 return
             self._counts["model_calls"] += 1
+            self._families.add(call.context.root_run_id or run_id, run_id)
             expired = self._calls.put(run_id, entry)
             self._counts["expired"] += len(expired)
+            for old in expired:
+                gone = old.call.context
+                self._families.discard(gone.root_run_id or gone.agent_run_id, gone.agent_run_id)
         for old in expired:
             self._close(old.handles)
-        for ids in prompts:
-            self._open(entry, ids)
+        for prompt in prompts:
+            self._open(entry, prompt)
 
-    def end_call(self, run_id: str, *, failed: bool = False) -> None:
-        """A model call has ended; the tool results that it read are read, unless it failed."""
+    def end_call(self, run_id: str, answers: Sequence[str] = (), *, failed: bool = False) -> None:
+        """A model call has ended; the tool results that it read are read, unless it failed.
+
+        Args:
+            run_id: of the call.
+            answers: what it wrote, for each prompt.
+            failed: it was cancelled, or raised.
+        """
         with self._lock:
             entry = self._calls.pop(run_id)
             if entry is None:
                 return
-            ledger = self._ledgers.get(entry.call.context.root_run_id or run_id)
+            root = entry.call.context.root_run_id or run_id
+            self._families.discard(root, run_id)
+            ledger = self._ledgers.get(root)
             if ledger is not None and not failed:
                 ledger.consume(entry.call.reads)
-        if entry.handles or entry.claimable:
-            self._finish(entry.call, entry.handles, failed=failed)
+            # A claimed session is closed by the thread that generates, also when its agent is gone before it.
+            handles = [] if entry.claimed else entry.handles
+        if handles or entry.claimable:
+            self._finish(entry.call, handles, _completions(entry, answers), failed=failed)
 
-    def _finish(self, call: ModelCall, handles: Sequence[Any], *, failed: bool) -> None:
-        self._close(handles)
+    def wrote_call(self, tool_call_id: str, run_id: str) -> None:
+        """A model call has asked for a tool."""
+        with self._lock:
+            self._writers.put(tool_call_id, run_id)
+
+    def writer_of(self, tool_call_id: str) -> str | None:
+        """Run id of the model call that asked for this tool call; None: not seen, or long ago."""
+        with self._lock:
+            return self._writers.get(tool_call_id)
+
+    def _finish(
+        self, call: ModelCall, handles: Sequence[Any], completions: Sequence[Completion | None], *, failed: bool
+    ) -> None:
+        self._close(handles, completions)
         if not failed:
             with self._lock:
                 self._ended.append(_Ended(self._clock(), call.model_type, handles))
@@ -244,20 +318,22 @@ class Tracker:
             self._unwatched[model_type] += 1
         self._say_once(
             f"unwatched:{model_type}",
-            "nla_monitor: a call of %r is not watched: no tokenizer is known for it. An API model has no activations "
-            "to read; for local weights pass llm=... or tokenizer=... to the handler, or attach the monitor with a "
-            "tokenizer. Counted in stats.unwatched, not said again",
+            "nla_monitor: a call of %r is not watched: no tokenizer is known for it. For local weights pass llm=... or "
+            "tokenizer=... to the handler, or attach the monitor with a tokenizer. An API model has no activations to "
+            "read; a local model can read its prompts and answers in its place (monitor.attach_source with a "
+            "ReplaySource, labelled proxy). Counted in stats.unwatched, not said again",
             model_type,
         )
 
     @contextmanager
-    def claim(self, run_id: str | None, fingerprint: str, hint: str | None) -> Iterator[ModelCall | None]:
+    def claim(self, run_id: str | None, fingerprint: str, hint: str | None, prompt: Prompt) -> Iterator[Claim | None]:
         """For a model of ours, around its forward passes in the calling thread: the call and an open session.
 
         Args:
             run_id: the run, where LangChain passes it to the model.
             fingerprint: hash of the messages, for the paths where it doesn't.
             hint: run started last in this context; taken when its fingerprint is this one.
+            prompt: what the model is fed in the calling thread.
 
         Yields:
             None when no handler has announced such a call.
@@ -266,38 +342,38 @@ class Tracker:
         if entry is None:
             yield None
             return
-        with self._session(entry):
-            yield entry.call
+        with self._session(entry, prompt) as claim:
+            yield claim
 
     @contextmanager
-    def session(self, call: ModelCall) -> Iterator[ModelCall]:
+    def session(self, call: ModelCall, prompt: Prompt) -> Iterator[Claim]:
         """A session for the calling thread's forward passes, for a model that no handler watches."""
-        with self._session(_Open(call)):
-            yield call
+        with self._session(_Open(call), prompt) as claim:
+            yield claim
 
     @contextmanager
-    def _session(self, entry: _Open) -> Iterator[None]:
+    def _session(self, entry: _Open, prompt: Prompt) -> Iterator[Claim]:
         with self._monitor_guard("langchain.claim"):
-            self._open(entry, None)
-        failed = True
+            self._open(entry, prompt)
+        claim, failed = Claim(entry.call), True
         try:
-            yield
+            yield claim
             failed = False
         finally:
             with self._monitor_guard("langchain.claim"):
-                self._release(entry, failed=failed)
+                self._release(entry, claim.completion, failed=failed)
 
-    def _release(self, entry: _Open, *, failed: bool) -> None:
+    def _release(self, entry: _Open, completion: Completion | None, *, failed: bool) -> None:
         with self._lock:
             handles, entry.handles = entry.handles, []
         if handles:
-            self._finish(entry.call, handles, failed=failed)
+            self._finish(entry.call, handles, [completion] * len(handles), failed=failed)
 
     def _take(self, run_id: str | None, fingerprint: str, hint: str | None) -> _Open | None:
         with self._lock:
             entry = self._find(run_id, fingerprint, hint)
             if entry is not None:
-                entry.claimable = False
+                entry.claimable, entry.claimed = False, True
         return entry
 
     def _find(self, run_id: str | None, fingerprint: str, hint: str | None) -> _Open | None:
@@ -308,25 +384,40 @@ class Tracker:
         waiting = ([hinted] if hinted else []) + self._calls.values()
         return next((entry for entry in waiting if entry.claimable and entry.call.fingerprint == fingerprint), None)
 
-    def _open(self, entry: _Open, ids: Sequence[int] | None) -> None:
+    def _open(self, entry: _Open, prompt: Prompt) -> None:
         monitor = self._monitor()
         if monitor is None:
             return
-        call = entry.call
+        call, ids = entry.call, prompt.token_ids
         handle = monitor.open_session(call.context, ids, traceparent=call.traceparent, attributes=call.attributes)
         if handle is None:
             self._say_once("unattached", "nla_monitor: the monitor is attached to no model; agents are not watched")
             return
+        describe = getattr(handle, "describe", None)
+        if prompt.outline is not None and describe is not None:
+            describe(self._guarded(prompt.outline))
         with self._lock:
             self._counts["sessions"] += 1
             entry.handles.append(handle)
+            entry.prompts.append(prompt.text)
 
-    def _close(self, handles: Sequence[Any]) -> None:
+    def _guarded(self, outline: Callable[[], Sequence[MessageSpan]]) -> Callable[[], Sequence[MessageSpan]]:
+        """A fault in it costs roles and spans, not the samples."""
+
+        def find() -> Sequence[MessageSpan]:
+            found: list[MessageSpan] = []
+            with self._monitor_guard("langchain.outline"):
+                found.extend(outline())
+            return found
+
+        return find
+
+    def _close(self, handles: Sequence[Any], completions: Sequence[Completion | None] = ()) -> None:
         monitor = self._monitor()
         if monitor is None:
             return
-        for handle in handles:
-            monitor.close_session(handle)
+        for handle, completion in zip_longest(handles, completions[: len(handles)]):
+            monitor.close_session(handle, completion=completion)
 
     @contextmanager
     def _monitor_guard(self, where: str) -> Iterator[None]:
@@ -342,7 +433,8 @@ class Tracker:
             f"silent:{model_type}",
             "nla_monitor: a call of %r ended without one forward pass of the monitored model: there were no "
             "activations to read (an API model, a cached answer, another model than the attached one, or a tokenizer "
-            "that splits the prompt in another way). Counted in stats.without_activations, not said again",
+            "that splits the prompt in another way). Answers of an API model can be replayed through a local one: "
+            "monitor.attach_source. Counted in stats.without_activations, not said again",
             model_type,
         )
 
@@ -363,11 +455,20 @@ class Tracker:
                 sessions=self._counts["sessions"],
                 duplicates=self._counts["duplicates"],
                 expired=self._counts["expired"],
+                abandoned=self._counts["abandoned"],
                 unwatched=dict(self._unwatched),
                 without_activations=dict(self._silent),
                 open_calls=len(self._calls),
                 open_runs=len(self._runs),
             )
+
+
+def _completions(entry: _Open, answers: Sequence[str]) -> list[Completion | None]:
+    """The answer to each prompt, without the prompt: some wrappers repeat it."""
+    if len(answers) != len(entry.prompts):
+        return [None] * len(entry.prompts)
+    pairs = zip(answers, entry.prompts, strict=True)
+    return [Completion(text=answer.removeprefix(prompt or "")) for answer, prompt in pairs]
 
 
 def _saw_forward(handle: Any) -> bool:

@@ -72,6 +72,41 @@ def test_roles_of_a_template_with_control_tokens() -> None:
     }
 
 
+_TOOLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}\n<tool_call>\n"
+    '{"name": "{{ call.function.name }}"}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}'
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+)
+_BARE = (
+    '{% for m in messages %}{% if m.tool_calls %}[A]{"name": "{{ m.tool_calls[0].function.name }}"}[/A]'
+    "{% else %}[{{ m.role[0] }}]{{ m.content }}[/]{% endif %}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
+)
+
+
+def test_the_opening_of_a_tool_call_is_found_in_the_template() -> None:
+    tokenizer = byte_tokenizer(_TOOLS)
+    tokenizer.add_tokens(["<tool_call>"], special_tokens=True)
+    before = "<|im_start|>assistant\nlet me look\n<tool_call>"
+    found = _triggered(tokenizer, f'{before}\n{{"name": "ls"}}</tool_call><|im_end|>', role_triggers=("tool_call",))
+    assert found == {"tool_call": [before]}
+
+
+def test_without_a_token_of_its_own_a_tool_call_opens_with_its_text() -> None:
+    found = _triggered(byte_tokenizer(_BARE), '[A]{"name": "ls"}[/A]', role_triggers=("tool_call",))
+    assert found == {"tool_call": ['[A]{"name": "']}
+
+
+def test_the_end_of_thinking_is_a_token_or_stands_in_the_template() -> None:
+    tokenizer = byte_tokenizer(_TOOLS)
+    tokenizer.add_tokens(["</think>"])
+    found = _triggered(tokenizer, "<think>well</think>the answer", role_triggers=("final_answer",))
+    assert found == {"final_answer": ["<think>well</think>"]}
+    tokenizer = byte_tokenizer(_TOOLS.replace("<think>", "[THINK][/THINK]"))
+    found = _triggered(tokenizer, "[THINK]well[/THINK]the answer", role_triggers=("final_answer",))
+    assert found == {"final_answer": ["[THINK]well[/THINK]"]}
+
+
 def test_roles_of_a_template_whose_turns_end_differently() -> None:
     text = "[INST] hi [/INST] ho</s>[INST] so [/INST]"
     found = _triggered(byte_tokenizer(_INSTRUCT), text, role_triggers=("turn_end", "assistant"))
@@ -84,6 +119,8 @@ def test_roles_of_a_template_whose_turns_end_differently() -> None:
         (_INSTRUCT, "tool_result", r"cannot render.*no tools.*capture.triggers"),
         (None, "turn_end", r"cannot render.*capture.triggers"),
         ("always the same", "turn_end", r"'turn_end' is not marked.*capture.triggers"),
+        (_CHATML, "tool_call", r"'tool_call' is not marked.*capture.triggers"),
+        (_CHATML, "final_answer", r"neither.*</think>.*Leave it out.*prompt_end"),
     ],
 )
 def test_a_role_that_the_template_does_not_mark_is_refused(template: str | None, role: str, message: str) -> None:
@@ -323,5 +360,5 @@ def test_every_kind_of_sample_says_its_probability() -> None:
         captured.capture.sessions.open(AgentContext("run"), prompt[0].tolist())
         model(prompt)
         chances = {sample.trigger: sample.inclusion_probability for sample in captured.samples()}
-    assert chances["9"] == 2 / 3
+    assert chances["9"] == 1.0  # the newest two of an agent's prompt, whatever was before
     assert chances["prompt_end"] == 1.0

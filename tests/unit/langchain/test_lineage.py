@@ -89,7 +89,9 @@ def call(name: str, key: str) -> AIMessage:
 def test_a_chat_prompt_reads_the_tool_messages_after_the_models_last_word(
     messages: list[BaseMessage], tool: str | None
 ) -> None:
-    assert tool_of_messages(messages) == tool
+    name, call_id = tool_of_messages(messages)
+    assert name == tool
+    assert call_id == (messages[-1 - isinstance(messages[-1], SystemMessage)].tool_call_id if call_id else None)
 
 
 @given(st.lists(st.text(max_size=12), max_size=5), st.integers(0, 99))

@@ -86,19 +86,19 @@ def test_a_chat_prompt_is_encoded_as_chat_huggingface_encodes_it_with_its_double
     chat = ChatHuggingFace(llm=llm, tokenizer=tokenizer)
     (ids,) = fed(model, lambda: chat.invoke(TALK))
     assert ids[:2] == [1, 1]
-    assert prompt_encoder(chat).encode_messages(TALK, {}) == ids
+    assert prompt_encoder(chat).encode_messages(TALK, {}).ids == ids
     plain = prompt_encoder(tokenizer=tokenizer)
-    assert plain.encode_messages(TALK, {"_type": "huggingface-chat-wrapper"}) == ids
+    assert plain.encode_messages(TALK, {"_type": "huggingface-chat-wrapper"}).ids == ids
 
 
 def test_a_tokenizer_alone_encodes_messages_through_its_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = prompt_encoder(tokenizer=tokenizer).encode_messages(TALK, {})
+    ids = prompt_encoder(tokenizer=tokenizer).encode_messages(TALK, {}).ids
     assert tokenizer.decode(ids) == "<|system|>be brief<eos><|user|>hello<eos><|assistant|>"
 
 
 def test_our_own_chat_model_is_asked_itself(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     chat = ChatNLAModel(model=model, tokenizer=tokenizer, max_new_tokens=2)
-    assert [prompt_encoder(chat).encode_messages(TALK, {})] == fed(model, lambda: chat.invoke(TALK))
+    assert [prompt_encoder(chat).encode_messages(TALK, {}).ids] == fed(model, lambda: chat.invoke(TALK))
 
 
 def test_the_hosts_tokenizer_is_not_touched(model: LlamaForCausalLM) -> None:
