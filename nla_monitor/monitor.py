@@ -270,7 +270,7 @@ class Monitor:
     def _start_run(self, model_name: str) -> None:
         name = self.config.run_name or time.strftime("%Y-%m-%d %H:%M:%S")
         # URLs may hold passwords and tokens.
-        secrets = {"database": True, "alerts": SECRET_OUTLETS, "source": {"url"}}
+        secrets: dict[str, Any] = {"database": True, "alerts": SECRET_OUTLETS, "source": {"url"}}
         settings = self.config.model_dump(mode="json", exclude=secrets)
         self.repository.start_run(RunInfo(self.run_id, name, model_name, self.layer, time.time(), config=settings))
 
