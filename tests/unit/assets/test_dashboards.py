@@ -109,7 +109,8 @@ def test_every_expression_answers_on_the_real_database(store_url: str) -> None:
     assert not [title for title, found in rows.items() if not found]
     by_title = {title.split(": ")[1]: found for title, found in rows.items()}
     for row in by_title["Share of readings that match, by step"]:
-        assert -1e-9 < row["low"] < row["share"] + 1e-9 < row["high"] + 2e-9 < 1 + 3e-9
+        low, share, high = float(row["low"]), float(row["share"]), float(row["high"])  # numeric in PostgreSQL
+        assert -1e-9 < low < share + 1e-9 < high + 2e-9 < 1 + 3e-9
     (tool,) = by_title["By tool"]
     assert (tool["tool"], tool["readings"], tool["unverbalized"], tool["verbalized"]) == ("run_tests", 2, 1, 0)
     (precision,) = by_title["Precision"]
