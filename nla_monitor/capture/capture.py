@@ -349,14 +349,17 @@ class Capture:
         if ids is None or ids.dim() != 2 or ids.device.type == "meta":
             self._skip("no_input_ids")
             return None
+        if local.generation is not None and is_continuation(signals, ids, local.generation):
+            # Most passes of an agent are these, and of most of them nothing is read.
+            return self._plan_decode(local.generation, signals, ids, local)
         origin, agent = self._origin(signals, local)
         if self.labeler is not None and not agent and local.phase is None:
             labels = self.labeler(signals)
             if labels is None:
                 return None
             origin = replace(origin, attributes={**origin.attributes, **labels})
-        if is_continuation(signals, ids, local.generation):
-            return self._plan_decode(signals, ids, origin, local)
+        if local.generation is None and is_continuation(signals, ids, None):
+            return None  # no agent's: its prompt pass was read as what it was
         local.generation = None
         if not self._in_scope(origin.phase, agent=agent):
             return None
@@ -380,10 +383,7 @@ class Capture:
             owners = local.generation.owners
         return self._open(choice, draw, origin, owners, ids)
 
-    def _plan_decode(self, signals: Signals, ids: Tensor, origin: Origin, local: _Local) -> Plan | None:
-        generation = local.generation
-        if generation is None:
-            return None  # no agent's: its prompt pass was read as what it was
+    def _plan_decode(self, generation: Generation, signals: Signals, ids: Tensor, local: _Local) -> Plan | None:
         if not generation.continues(ids, signals.cache):
             self._skip("cached_continuation")
             local.generation = None
@@ -393,6 +393,7 @@ class Capture:
         choice, index = generations.advance(generation, ids)
         if choice is None:
             return None
+        origin, _ = self._origin(signals, local)
         return self._open(choice, generation.draw, origin, generation.owners, ids, generated=index)
 
     def _open(
