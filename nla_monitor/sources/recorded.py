@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -71,7 +72,7 @@ class CallJob:
         self.call.read = False
 
 
-class RecordedSource:
+class RecordedSource(ABC):
     """What all sources that read afterwards share; ``_read`` says how vectors are had.
 
     Args:
@@ -103,21 +104,21 @@ class RecordedSource:
 
     # What subclasses fill in.
 
+    @abstractmethod
     def _prepare(self, context: SourceContext) -> Any:
         """Check the model against the AV; its transformers config, where there is one.
 
         Raises:
             AttachError: it does not fit.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _read(self, call: Call) -> list[Job]:
         """The jobs of a closed call, on the reading thread.
 
         Raises:
             SkipError: it cannot be read.
         """
-        raise NotImplementedError
 
     # ``ActivationSource``.
 
