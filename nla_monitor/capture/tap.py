@@ -81,9 +81,14 @@ _receivers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary(
 _handles = itertools.count(1)
 
 
+# Their Python must run at every call: a CUDA graph would record it once. Tagged, they stay out of one.
+_TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
 @torch.library.custom_op(
     "nla_monitor::begin",
     mutates_args={"fires"},
+    **_TAGS,
     schema=(
         "(Tensor(a!) fires, int handle, int level, Tensor? ids, Tensor? mask, Tensor? labels, bool grad, bool training,"
         " Tensor? positions, Tensor? sequences, Tensor? offsets) -> ()"
@@ -113,6 +118,7 @@ def _begin_op(  # noqa: PLR0917 -- the op's schema is positional
 @torch.library.custom_op(
     "nla_monitor::tap",
     mutates_args={"fires"},
+    **_TAGS,
     schema="(Tensor hidden, Tensor(a!) fires, int handle, int number, bool partial) -> ()",
 )
 def _tap_op(hidden: Tensor, fires: Tensor, handle: int, number: int, partial: bool) -> None:
@@ -124,7 +130,7 @@ def _tap_op(hidden: Tensor, fires: Tensor, handle: int, number: int, partial: bo
 
 
 @torch.library.custom_op(
-    "nla_monitor::end", mutates_args={"fires"}, schema="(Tensor(a!) fires, int handle, int level) -> ()"
+    "nla_monitor::end", mutates_args={"fires"}, schema="(Tensor(a!) fires, int handle, int level) -> ()", **_TAGS
 )
 def _end_op(fires: Tensor, handle: int, level: int) -> None:  # noqa: ARG001 -- orders the ops in a graph
     receiver = _receivers.get(handle)

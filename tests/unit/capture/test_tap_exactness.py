@@ -288,3 +288,9 @@ def test_rows_that_do_not_match_the_ids_are_skipped() -> None:
         model(token_batch())
         assert captured.samples() == []
         assert captured.capture.stats.skipped == {"shape_mismatch": 1}
+
+
+@pytest.mark.parametrize("name", ["begin", "tap", "end"])
+def test_no_cuda_graph_records_the_hooks(name: str) -> None:
+    """A graph that is replayed would not run their Python: nothing would be captured after the first call."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.nla_monitor, name).default.tags
