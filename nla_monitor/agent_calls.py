@@ -40,22 +40,12 @@ MAX_DEPTH: Final = 64
 MAX_MARKS: Final = 64
 
 
-class SpanMonitor(Protocol):
-    """What span-driven integrations need of a ``Monitor``."""
+class AgentMonitor(Protocol):
+    """What every integration of agents needs of a ``Monitor``; its ``tokenizer`` is used when it has one."""
 
     @property
     def guard(self) -> Guard:
         """The monitor's host boundary."""
-        ...
-
-    @property
-    def capture(self) -> Any:
-        """The tap in this process, whose ``sessions`` can be asked for a forward's owner; None without any."""
-        ...
-
-    @property
-    def source(self) -> Any:
-        """What reads calls that are answered elsewhere; None without any."""
         ...
 
     def open_session(
@@ -66,11 +56,28 @@ class SpanMonitor(Protocol):
         traceparent: str | None = None,
         attributes: Mapping[str, Scalar] | None = None,
     ) -> Any:
-        """Tie the forward passes of this prompt to an agent's run, until closed."""
+        """Tie the forward passes of this prompt (None: of the calling thread) to an agent's run, until closed.
+
+        Returns an opaque handle (its ``forwards``, if it has that, counts forward passes), None when not attached.
+        """
         ...
 
     def close_session(self, handle: Any, *, completion: Completion | None = None) -> None:
-        """The generation is over."""
+        """No further forward pass belongs to the session; ``completion`` is what the model answered, where it did."""
+        ...
+
+
+class SpanMonitor(AgentMonitor, Protocol):
+    """What span-driven integrations need besides."""
+
+    @property
+    def capture(self) -> Any:
+        """The tap in this process, whose ``sessions`` can be asked for a forward's owner; None without any."""
+        ...
+
+    @property
+    def source(self) -> Any:
+        """What reads calls that are answered elsewhere; None without any."""
         ...
 
 

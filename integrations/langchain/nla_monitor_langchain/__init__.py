@@ -18,11 +18,12 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("langchain-core", "langchain", "nla_monitor_langchain") from error
 
+from nla_monitor.agent_calls import AgentMonitor
 from nla_monitor_langchain.ambient import watching
 from nla_monitor_langchain.chat_model import ChatNLAModel
 from nla_monitor_langchain.extract import LLMPromptEncoder, PromptEncoder, TokenizerPromptEncoder, prompt_encoder
 from nla_monitor_langchain.handler import NLACallbackHandler, watch
-from nla_monitor_langchain.tracker import AgentMonitor, TrackerStats
+from nla_monitor_langchain.tracker import TrackerStats
 
 __all__ = [
     "AgentMonitor",

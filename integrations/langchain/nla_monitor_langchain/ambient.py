@@ -15,10 +15,10 @@ from typing import Any
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.tracers.context import register_configure_hook
 
+from nla_monitor.agent_calls import AgentMonitor
 from nla_monitor.attached import LANGCHAIN_VARIABLE, attached
 from nla_monitor.guard import strict
 from nla_monitor_langchain.handler import NLACallbackHandler
-from nla_monitor_langchain.tracker import AgentMonitor
 
 _FORWARDED = (
     *("on_llm_start", "on_chat_model_start", "on_llm_end", "on_llm_error", "on_chain_start", "on_chain_end"),

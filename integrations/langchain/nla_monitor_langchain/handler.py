@@ -18,11 +18,12 @@ from langchain_core.outputs import LLMResult
 from langchain_core.runnables import ensure_config
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from nla_monitor.agent_calls import AgentMonitor
 from nla_monitor.guard import strict
 from nla_monitor.records import AgentContext, Scalar
 from nla_monitor_langchain.extract import CHAT_NLA_TYPE, PromptEncoder, fingerprint, prompt_encoder
 from nla_monitor_langchain.lineage import Run, ToolResult, flat_text, result_needles, sequence_step, tool_of_messages
-from nla_monitor_langchain.tracker import AgentMonitor, ModelCall, Prompt, TrackerStats, tracker_for
+from nla_monitor_langchain.tracker import ModelCall, Prompt, TrackerStats, tracker_for
 from nla_monitor_langchain.visible import tell_answer, tell_messages, tell_text
 
 last_started: ContextVar[str | None] = ContextVar("nla_monitor_langchain_last_started", default=None)

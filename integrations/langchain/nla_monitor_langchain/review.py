@@ -14,12 +14,13 @@ from typing import Any, Final, Protocol, TypedDict
 from langchain_core.messages import ToolMessage
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, ensure_config
 
+from nla_monitor.agent_calls import AgentMonitor
 from nla_monitor.decisions import Decision, Gate, Gated, Point, Verdict
 from nla_monitor.errors import MissingExtraError
 from nla_monitor.records import Severity, TriageState
 from nla_monitor.store.findings import Place
 from nla_monitor_langchain.handler import conversation_of
-from nla_monitor_langchain.tracker import AgentMonitor, tracker_for
+from nla_monitor_langchain.tracker import tracker_for
 
 try:
     from langgraph.graph import END, START, StateGraph

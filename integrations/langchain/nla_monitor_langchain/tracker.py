@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any
 
-from nla_monitor.guard import Guard
+from nla_monitor.agent_calls import AgentMonitor
 from nla_monitor.records import AgentContext, Completion, MessageSpan, Scalar
 from nla_monitor_langchain.bounded import BoundedMap, Families
 from nla_monitor_langchain.lineage import Run, ToolLedger, ToolResult
@@ -30,33 +30,6 @@ MAX_TOOL_CALLS = 4_096
 TTL_SECONDS = 3_600.0
 SETTLE_SECONDS = 5.0
 MAX_SETTLING = 1_024
-
-
-class AgentMonitor(Protocol):
-    """What this integration needs of a ``Monitor``; ``tokenizer`` is used when it has one."""
-
-    @property
-    def guard(self) -> Guard:
-        """The monitor's host boundary."""
-        ...
-
-    def open_session(
-        self,
-        context: AgentContext,
-        token_ids: Sequence[int] | None,
-        *,
-        traceparent: str | None = None,
-        attributes: Mapping[str, Scalar] | None = None,
-    ) -> Any:
-        """Tie the forward passes of this prompt (None: of the calling thread) to an agent's run, until closed.
-
-        Returns an opaque handle (its ``forwards``, if it has that, counts forward passes), None when not attached.
-        """
-        ...
-
-    def close_session(self, handle: Any, *, completion: Completion | None = None) -> None:
-        """No further forward pass belongs to the session; ``completion`` is what the model answered, where it did."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

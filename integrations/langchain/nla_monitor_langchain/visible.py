@@ -12,9 +12,9 @@ from typing import Any
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
 
+from nla_monitor.agent_calls import AgentMonitor
 from nla_monitor.records import AgentContext
 from nla_monitor.transcripts import Message, Transcripts
-from nla_monitor_langchain.tracker import AgentMonitor
 
 _ROLES = {"human": "user", "ai": "assistant", "AIMessageChunk": "assistant"}
 
