@@ -73,6 +73,11 @@ class Job:
     generated: int | None = None
     """Index of the generated token that the forward read; None for a prompt or a whole sequence."""
 
+    @property
+    def patient(self) -> bool:
+        """A generated token: its samples may be built with the next write. A prompt says whose generation it is."""
+        return self.generated is not None
+
     def count(self) -> int:
         """Valid candidates; all of them while a copy is under way."""
         if self.event is not None and not self.event.query():  # type: ignore[no-untyped-call]  # torch annotates no events

@@ -119,6 +119,11 @@ class HeldJob:
     event: torch.cuda.Event | None = field(default=None, init=False)
     """None: on a CPU everything has been copied."""
 
+    @property
+    def patient(self) -> bool:
+        """Never: there are only so many buffers."""
+        return False
+
     def count(self) -> int:
         """Samples that it may give at most: how many triggers there are is not known yet."""
         per_sequence = self.draw.policy.per_sequence - 1  # no generation's, whose prompt end is read, too

@@ -42,6 +42,11 @@ class StagedJob(Protocol):
     event: torch.cuda.Event | None
     """Recorded after the copies to the host; None: they are done."""
 
+    @property
+    def patient(self) -> bool:
+        """Whether it may wait for the next write: nothing depends on its samples, and it holds nothing scarce."""
+        ...
+
     def count(self) -> int:
         """Samples that it will give, as exactly as can be said without waiting."""
         ...
@@ -102,7 +107,7 @@ class Stager:
     def _reset(self) -> None:
         self._wake = threading.Condition(threading.Lock())
         self._jobs: deque[tuple[StagedJob, int]] = deque()
-        self._jobs_count = 0
+        self._jobs_count = self._pressing = 0
         self._ready: deque[ActivationSample] = deque()
         self._busy = False
         self._urgent = 0
@@ -110,7 +115,7 @@ class Stager:
         self._thread: threading.Thread | None = None
         self._refused_at = 0.0
         self._retry_seconds = 0.0
-        self._oldest_ready = 0.0
+        self._waiting_since = 0.0
         self._dropped: Counter[str] = Counter()
         self.sampled = 0
         self.written = 0
@@ -145,14 +150,27 @@ class Stager:
                 job.discard()
             else:
                 self._start()
-                self._jobs.append((job, count))
-                self._jobs_count += count
+                if self._append(job, count):
+                    self._wake.notify_all()
                 if self.depth > self._config.max_samples:
                     lost = Counter()
                     self._trim(lost)
-                self._wake.notify_all()
         if lost is not None:
             self._report(lost)
+
+    def _append(self, job: StagedJob, count: int) -> bool:
+        """Append a job; whether our thread must look at it now. The lock is held.
+
+        A thread that is woken asks for the interpreter in the middle of the host's forward, and its caches are cold:
+        many jobs at once cost a fraction of as many one by one.
+        """
+        first = not (self._jobs or self._ready)
+        if first:
+            self._waiting_since = time.monotonic()
+        self._jobs.append((job, count))
+        self._jobs_count += count
+        self._pressing += not job.patient
+        return first or self._pressing > 0 or self.depth >= self._config.write_batch
 
     def drop(self, reason: str, count: int) -> None:
         """Count samples that were lost elsewhere in the capture."""
@@ -186,7 +204,7 @@ class Stager:
                 job.discard()
             self._jobs.clear()
             self._ready.clear()
-            self._jobs_count = 0
+            self._jobs_count = self._pressing = 0
             thread, self._thread = self._thread, None
             self._wake.notify_all()
         self._report(lost)
@@ -224,6 +242,7 @@ class Stager:
     def _pop_job(self) -> tuple[StagedJob, int]:
         job, count = self._jobs.popleft()
         self._jobs_count -= count
+        self._pressing -= not job.patient
         return job, count
 
     def _report(self, lost: Counter[str]) -> None:
@@ -247,7 +266,8 @@ class Stager:
                     self._wake.wait(self._pause())
                 if self._thread is not me:
                     return
-                job = self._pop_job()[0] if self._jobs else None
+                writes = not self._jobs or (self._wait_seconds() <= 0 and len(self._ready) >= self._config.write_batch)
+                job = None if writes else self._pop_job()[0]
                 batch = self._take_batch() if job is None else []
                 self._busy = True
             try:
@@ -263,20 +283,20 @@ class Stager:
 
     def _due(self) -> bool:
         """Whether there is something to build or to write now; the lock is held."""
-        return bool(self._jobs) or (bool(self._ready) and self._wait_seconds() <= 0)
+        return self._pressing > 0 or (bool(self._jobs or self._ready) and self._wait_seconds() <= 0)
 
     def _wait_seconds(self) -> float:
         """Until the next write; the lock is held."""
         now = time.monotonic()
-        full = len(self._ready) >= self._config.write_batch or self._urgent > 0
-        ripe = 0.0 if full else self._config.write_interval_seconds - (now - self._oldest_ready)
+        full = self.depth >= self._config.write_batch or self._urgent > 0
+        ripe = 0.0 if full else self._config.write_interval_seconds - (now - self._waiting_since)
         retry = self._retry_seconds - (now - self._refused_at) if self._retry_seconds else 0.0
         # Longer than it was meant to be: the clock has jumped back since, and to wait for it could take days.
         ripe = ripe if ripe <= self._config.write_interval_seconds else 0.0
         return max(ripe, retry if retry <= self._retry_seconds else 0.0)
 
     def _pause(self) -> float | None:
-        return max(0.0, self._wait_seconds()) if self._ready else None
+        return max(0.0, self._wait_seconds()) if self._jobs or self._ready else None
 
     def _take_batch(self) -> list[ActivationSample]:
         return [self._ready.popleft() for _ in range(min(len(self._ready), self._config.write_batch))]
@@ -294,8 +314,6 @@ class Stager:
         lost[NON_FINITE] = sum(number for _, number in results)
         with self._wake:
             if built:
-                if not self._ready:
-                    self._oldest_ready = time.monotonic()
                 self._ready.extend(built)
                 self.sampled += len(built)
             self._trim(lost)
@@ -318,7 +336,7 @@ class Stager:
                 self._back_off(batch, lost)
             else:
                 self._retry_seconds = 0.0
-                self._oldest_ready = time.monotonic()
+                self._waiting_since = time.monotonic()
                 self.written += len(batch) if not outcome else 0
                 lost[FAULT] += len(batch) if outcome else 0
         self._report(lost)

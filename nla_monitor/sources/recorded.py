@@ -63,6 +63,11 @@ class CallJob:
     call: Call
     event: torch.cuda.Event | None = None
 
+    @property
+    def patient(self) -> bool:
+        """Never: its source may have to be asked while the answer is still there."""
+        return False
+
     def count(self) -> int:
         """One call."""
         return 1
