@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from nla_monitor import ranks
@@ -15,6 +15,7 @@ from nla_monitor.guard import Guard
 from nla_monitor.records import Alert, AlertState
 from nla_monitor.scalars import ScalarBoard
 from nla_monitor.spool.sql import SqlSpool
+from nla_monitor.store.pulse import Pulse, pulse
 from nla_monitor.store.repository import Repository
 from nla_monitor.watched import Watched
 
@@ -74,6 +75,7 @@ class AlertWatch:
         self.stop_alert: Alert | None = None
         """The first alert that asked to stop."""
         self._states: dict[str, AlertState] = {}
+        self._beat: Pulse | None = None
         self._closer = CloserLook(repository.engine)
         self._reported_drops: dict[str, int] = {}
         self._store_down = False
@@ -83,13 +85,12 @@ class AlertWatch:
         try:
             first = ranks.rank() == 0
             if first or self._capture.burst is not None:
-                alerts = self._repository.alerts(run_id=run_id, limit=MANY)
-                for alert in alerts:
-                    if self._states.get(alert.alert_id) is not alert.state:
-                        self._states[alert.alert_id] = alert.state
-                        self._notice(alert, first=first)
+                beat = pulse(self._repository.engine, run_id)
+                if beat != self._beat:
+                    self._look_at_alerts(run_id, first=first)
+                    self._beat = beat  # only now: a look that failed is done again
                 if first:
-                    self._refresh_scalars(run_id, step, alerts, counters)
+                    self._count(step, counters)
             self._store_drops(run_id, counters)
             if self._capture.burst is not None:
                 self._watched.look_closer(self._closer.roots(run_id), self._capture.burst.steps)
@@ -101,15 +102,17 @@ class AlertWatch:
                 logger.warning("nla_monitor: the store cannot be used now, trying on: %s", error)
             self._store_down = True
 
-    def _refresh_scalars(self, run_id: str, step: int | None, alerts: Sequence[Alert], counters: Counters) -> None:
-        self._board.refresh(
-            run_id,
-            alerts,
-            step=step,
-            sampled=counters.sampled,
-            dropped=counters.dropped,
-            faults=counters.faults,
-        )
+    def _look_at_alerts(self, run_id: str, *, first: bool) -> None:
+        alerts = self._repository.alerts(run_id=run_id, limit=MANY)
+        for alert in alerts:
+            if self._states.get(alert.alert_id) is not alert.state:
+                self._states[alert.alert_id] = alert.state
+                self._notice(alert, first=first)
+        if first:
+            self._board.read(run_id, alerts)
+
+    def _count(self, step: int | None, counters: Counters) -> None:
+        self._board.count(step=step, sampled=counters.sampled, dropped=counters.dropped, faults=counters.faults)
 
     def _store_drops(self, run_id: str, counters: Counters) -> None:
         dropped = dict(counters.dropped)

@@ -56,7 +56,7 @@ from nla_monitor.worker import check_pair
 
 logger = logging.getLogger("nla_monitor")
 
-_WATCH_SECONDS = 0.5
+_WATCH_SECONDS = 1.0
 _EXIT_SECONDS = 10.0
 
 

@@ -5,7 +5,7 @@ The watcher's thread asks the store; a training loop reads a finished dictionary
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Final
 
@@ -39,6 +39,7 @@ class ScalarBoard:
         self._engine = engine
         self._rules = tuple(rules)
         self._newest = -1
+        self._firing = 0
         self._stored: dict[str, float] = self._empty()
         self._step: int | None = None
         """Newest step among the readings that the means are taken over."""
@@ -49,36 +50,34 @@ class ScalarBoard:
 
     @property
     def values(self) -> dict[str, float]:
-        """A copy of the newest scalars; empty before the first refresh."""
+        """A copy of the newest scalars; empty before the first look."""
         return dict(self._values)
 
-    def refresh(
-        self,
-        run_id: str,
-        alerts: Sequence[Alert],
-        *,
-        step: int | None,
-        sampled: int,
-        dropped: Mapping[str, int],
-        faults: Mapping[str, int],
-    ) -> None:
-        """Ask the store (not in the host's thread).
+    def read(self, run_id: str, alerts: Iterable[Alert]) -> None:
+        """Ask the store (not in the host's thread): after readings or alerts have changed. ``count`` shows the result.
 
         Args:
             run_id: the run.
             alerts: the run's.
-            step: optimizer step that the host is at.
-            sampled: activations taken.
-            dropped: activations lost, by reason.
-            faults: swallowed, by place.
 
         Raises:
             StoreUnavailableError: the database cannot be read.
         """
         with read(self._engine) as connection:
             self._read(connection, run_id)
+        self._firing = sum(alert.state is AlertState.FIRING for alert in alerts)
+
+    def count(self, *, step: int | None, sampled: int, dropped: Mapping[str, int], faults: Mapping[str, int]) -> None:
+        """Make the scalars of what the store said last and of this process's counters; asks nothing.
+
+        Args:
+            step: optimizer step that the host is at.
+            sampled: activations taken.
+            dropped: activations lost, by reason.
+            faults: swallowed, by place.
+        """
         values = {
-            f"{PREFIX}alerts_firing": float(sum(alert.state is AlertState.FIRING for alert in alerts)),
+            f"{PREFIX}alerts_firing": float(self._firing),
             f"{PREFIX}sampled": float(sampled),
             f"{PREFIX}dropped": float(sum(dropped.values())),
             f"{PREFIX}faults": float(sum(faults.values())),
