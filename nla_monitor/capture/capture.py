@@ -40,6 +40,7 @@ from nla_monitor.capture.hostwork import HostWork
 from nla_monitor.capture.layers import find_blocks
 from nla_monitor.capture.planning import (
     HeldPlan,
+    HostThread,
     Plan,
     choose_rows,
     draw_of,
@@ -66,18 +67,6 @@ BUSY = "busy"
 
 Labeler = Callable[[Signals], Mapping[str, Scalar] | None]
 """Attributes of a forward that no agent and no ``phase`` block claims; None: it is not read. In the host's thread."""
-
-
-class _Local(threading.local):
-    """What one host thread is doing."""
-
-    level: int | None = None
-    """Level of the hook that opened the current forward."""
-    plan: Plan | HeldPlan | None = None
-    generation: Generation | None = None
-    phase: Phase | None = None
-    attributes: Mapping[str, Scalar] = {}
-    paused: int = 0
 
 
 class Capture:
@@ -135,7 +124,7 @@ class Capture:
         self._assembler = self._make_assembler()
         self._stager = Stager(self._build, sink, guard, queue, on_sampled=on_sampled, on_dropped=on_dropped)
         self._pace = Pace(config, load=lambda: self._stager.depth / queue.max_samples, layers=len(self.layers))
-        self._local = _Local()
+        self._local = HostThread()
         self._held = HeldPool(len(self.layers))
         self._slots: SlotPool | None = None
         self._width: int | None = None
@@ -292,9 +281,29 @@ class Capture:
 
     # What the hooks call, inside the guard.
 
-    def planned(self) -> bool:
-        """Whether a forward is under way in this thread (``tap.Receiver``)."""
-        return self._local.level is not None
+    def planned(self, level: int | None = None) -> bool:
+        """Whether a forward is under way in this thread, opened at ``level`` if given (``tap.Receiver``)."""
+        opened = self._local.level
+        return opened is not None if level is None else opened == level
+
+    def passes(self, kwargs: Mapping[str, Any], level: int) -> bool:
+        """Whether nothing is read of the forward that starts with ``kwargs``, told at once (``tap.Receiver``)."""
+        local = self._local
+        if local.generation is None or local.level is not None or local.paused:
+            return False
+        started = time.thread_time()
+        if not local.generation.passes(kwargs.get("input_ids"), kwargs.get("past_key_values")):
+            return False
+        local.level = level
+        with self._count_lock:
+            self._forwards += 1
+        self._ours.add(time.thread_time() - started)
+        return True
+
+    def wants(self, number: int) -> bool:
+        """Whether rows of ``layers[number]`` are to be gathered (``tap.Receiver``)."""
+        plan = self._local.plan
+        return plan is not None and number not in plan.tapped
 
     def begin(self, signals: Signals, level: int) -> None:
         """Plan the forward that starts in this thread (``tap.Receiver``)."""
@@ -316,7 +325,7 @@ class Capture:
     def tap(self, hidden: Tensor, number: int, *, partial: bool) -> None:
         """Gather the planned rows of a block's output ``[batch, seq, d_model]`` (``tap.Receiver``)."""
         plan = self._local.plan
-        if plan is None or number in plan.tapped:
+        if plan is None or not self.wants(number):
             return
         if partial or not plan.fits(hidden):  # rows are not what input_ids say; indexing them could read out of range
             self._skip(SHARDED if partial or is_shard(hidden, plan.shape) else MISMATCH)
@@ -344,7 +353,7 @@ class Capture:
 
     # Planning.
 
-    def _plan(self, signals: Signals, local: _Local) -> Plan | HeldPlan | None:
+    def _plan(self, signals: Signals, local: HostThread) -> Plan | HeldPlan | None:
         ids = signals.ids
         if ids is None or ids.dim() != 2 or ids.device.type == "meta":
             self._skip("no_input_ids")
@@ -366,7 +375,7 @@ class Capture:
         return self._plan_sequences(signals, ids, origin, local, agent=agent)
 
     def _plan_sequences(
-        self, signals: Signals, ids: Tensor, origin: Origin, local: _Local, *, agent: bool
+        self, signals: Signals, ids: Tensor, origin: Origin, local: HostThread, *, agent: bool
     ) -> Plan | HeldPlan | None:
         draw, borders = draw_of(self._pace, self._policy, signals, origin, ids=ids, agent=agent)
         if not agent and self._tap is not None and self._tap.device.type == "cpu":
@@ -383,7 +392,7 @@ class Capture:
             owners = local.generation.owners
         return self._open(choice, draw, origin, owners, ids)
 
-    def _plan_decode(self, generation: Generation, signals: Signals, ids: Tensor, local: _Local) -> Plan | None:
+    def _plan_decode(self, generation: Generation, signals: Signals, ids: Tensor, local: HostThread) -> Plan | None:
         if not generation.continues(ids, signals.cache):
             self._skip("cached_continuation")
             local.generation = None
@@ -410,7 +419,7 @@ class Capture:
             raise
         return Plan(draw, origin, ids.shape, choice, slots, owners, generated)
 
-    def _origin(self, signals: Signals, local: _Local) -> tuple[Origin, bool]:
+    def _origin(self, signals: Signals, local: HostThread) -> tuple[Origin, bool]:
         """Where a forward comes from, and whether an agent's rows may be in it."""
         step, explicit = self._step, local.phase
         trains = signals.grad and (signals.training or step is not None)
@@ -448,7 +457,7 @@ class Capture:
 
     # Helpers.
 
-    def _release(self, local: _Local, *, keep_level: bool = False) -> None:
+    def _release(self, local: HostThread, *, keep_level: bool = False) -> None:
         plan, local.plan = local.plan, None
         if not keep_level:
             local.level = None

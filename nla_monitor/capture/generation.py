@@ -43,8 +43,8 @@ class Generation:
     """The same of all rows together, on a CPU: at all other tokens nothing need be computed. None on other devices."""
     history: Tensor | None
     """``[r, policy.history]`` newest token ids, but for those of ``pending``."""
-    pending: list[Tensor] = field(default_factory=list)
-    """``[r, 1]`` token ids that ``history`` lacks, oldest first."""
+    pending: list[list[int]] = field(default_factory=list)
+    """``[n, batch]`` token ids that ``history`` lacks, oldest first; on a CPU only."""
     owners: Owners = field(default_factory=Owners)
     cache: weakref.ref[Any] | None = None
     index: int = 0
@@ -64,6 +64,24 @@ class Generation:
         """Whether a pass over ``ids`` with this KV cache is the next token of this generation."""
         known = self.cache() if self.cache is not None else None
         return ids.shape == (self.batch, 1) and (known is None or cache is None or known is cache)
+
+    def passes(self, ids: Any, cache: Any) -> bool:
+        """Whether nothing is read of the pass over ``ids`` ``[batch, 1]``; if so, it is counted.
+
+        True for most tokens that an agent on a CPU writes: it costs next to nothing, and False commits to nothing.
+        """
+        idle = self.planned is not None and self.index not in self.planned and not self.draw.policy.triggers
+        undecided = self.closer is not None or (self.owners.known and not self.judged)
+        if not idle or undecided or len(self.pending) >= _MOST_PENDING:
+            return False
+        if cache is None or self.cache is None or self.cache() is not cache:
+            return False
+        if not isinstance(ids, Tensor) or ids.shape != (self.batch, 1):
+            return False
+        if self.history is not None and sampling.stratum(self.index) < self.schedule.shape[1]:
+            self.pending.append(ids[:, 0].tolist())
+        self.index += 1
+        return True
 
 
 def start(draw: Draw, choice: Choice, ids: Tensor, real: Tensor, cache: Any) -> Generation:
@@ -102,13 +120,13 @@ def advance(generation: Generation, ids: Tensor) -> tuple[Choice | None, int]:
     if not planned and not policy.triggers:
         return None, index
     tokens = ids.index_select(0, generation.rows)[:, 0].long()
-    if generation.history is not None:
-        generation.pending.append(tokens.unsqueeze(1))
+    if generation.history is not None and generation.planned is not None:
+        generation.pending.append(ids[:, 0].tolist())
     idle = generation.planned is not None and index not in generation.planned
     if idle and closer is None and not policy.triggers and len(generation.pending) < _MOST_PENDING:
         return None, index
     if generation.history is not None:
-        generation.history = _newest(generation.history, generation.pending)
+        generation.history = torch.cat([generation.history, _written(generation, tokens)], dim=1)[:, -policy.history :]
         generation.pending.clear()
     kinds = _kinds(policy, tokens, generation.history)
     by_key = generation.schedule[:, stratum] == index if planned else torch.zeros_like(kinds, dtype=torch.bool)
@@ -132,8 +150,11 @@ def advance(generation: Generation, ids: Tensor) -> tuple[Choice | None, int]:
     return _choice(generation, tokens, kinds, valid, torch.where(by_trigger, 1, apart)), index
 
 
-def _newest(history: Tensor, pending: list[Tensor]) -> Tensor:
-    return torch.cat([history, *pending], dim=1)[:, -history.shape[1] :]
+def _written(generation: Generation, tokens: Tensor) -> Tensor:
+    """``[r, n]`` token ids that the history lacks; the newest are ``tokens`` ``[r]``."""
+    if generation.planned is None:
+        return tokens.unsqueeze(1)
+    return torch.tensor(generation.pending, dtype=torch.int64)[:, generation.rows].T
 
 
 def _closer(generation: Generation) -> Tensor | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,7 @@ from nla_monitor.capture.screens import Screens
 from nla_monitor.capture.staging import StagedJob, to_host
 from nla_monitor.capture.tap import Signals, Slots
 from nla_monitor.guard import Guard
-from nla_monitor.records import Phase
+from nla_monitor.records import Phase, Scalar
 
 
 @dataclass(eq=False, slots=True)
@@ -83,11 +84,25 @@ class HeldPlan(Forward):
             self.slots.give_back()
 
 
+class HostThread(threading.local):
+    """What one host thread is doing."""
+
+    level: int | None = None
+    """Level of the hook that opened the current forward."""
+    plan: Plan | HeldPlan | None = None
+    generation: Generation | None = None
+    phase: Phase | None = None
+    attributes: Mapping[str, Scalar] = {}
+    paused: int = 0
+
+
 def jobs_of(plan: Plan, layers: Sequence[int], screens: Screens, guard: Guard) -> list[Job]:
     """Copies of what was gathered, under way to the host: one job for each layer, of the same positions."""
     choice = plan.choice
-    meta = to_host(choice.meta)
-    context = None if choice.context is None else to_host(choice.context)
+    meta, context = choice.meta, choice.context
+    if meta.device.type != "cpu":  # on a CPU nobody else has them
+        meta = to_host(meta)
+        context = None if context is None else to_host(context)
     beside = _event(choice.meta.device)
     jobs = []
     for number in sorted(plan.tapped):

@@ -57,8 +57,16 @@ class Receiver(Protocol):
 
     guard: Guard
 
-    def planned(self) -> bool:
-        """Whether a forward is under way in this thread."""
+    def planned(self, level: int | None = None) -> bool:
+        """Whether a forward is under way in this thread; opened by the hook of ``level``, if given."""
+        ...
+
+    def passes(self, kwargs: Mapping[str, Any], level: int) -> bool:
+        """Whether nothing is read of the forward that starts with ``kwargs``, told at once; then it is counted."""
+        ...
+
+    def wants(self, number: int) -> bool:
+        """Whether something of ``layers[number]`` is to be read in the forward under way."""
         ...
 
     def begin(self, signals: Signals, level: int) -> None:
@@ -184,9 +192,11 @@ class _BeginHook(_Hook):
                 given["cu_seq_lens_q"],
             )
             return
+        if self.level != OUTER and self.receiver.planned():
+            return  # by the model's own hook, which saw labels
         with self.receiver.guard("capture.plan"):
-            if self.level != OUTER and self.receiver.planned():
-                return  # by the model's own hook, which saw labels
+            if self.receiver.passes(kwargs, self.level):
+                return
             given = self.bind(args, kwargs)
             signals = Signals(
                 ids=given["input_ids"],
@@ -234,6 +244,8 @@ class _TapHook(_Hook):
             hidden, partial = _local(_hidden_of(output).detach())
             _tap_op(hidden, self.fires, self.handle, self.level, partial)
             return
+        if not self.receiver.wants(self.level):
+            return
         with self.receiver.guard("capture.tap"):
             hidden, partial = _local(_hidden_of(output).detach())
             self.receiver.tap(hidden, self.level, partial=partial)
@@ -243,6 +255,8 @@ class _EndHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002 -- torch's signature
         if torch.compiler.is_compiling():
             _end_op(self.fires, self.handle, self.level)
+            return
+        if not self.receiver.planned(self.level):
             return
         with self.receiver.guard("capture.stage"):
             self.receiver.end(self.level)

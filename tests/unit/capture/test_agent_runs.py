@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -188,12 +189,72 @@ def test_tokens_are_estimated_exactly_however_closely_they_are_looked_at(hashes:
 def test_a_long_gap_between_samples_loses_no_context() -> None:
     made = _generation(CaptureConfig(generated_tokens=12, context_tokens=8), [5], closer=False)
     made.history = torch.arange(8).unsqueeze(0)
+    made.planned = frozenset({600})
     for number in range(600):
         generation.advance(made, torch.tensor([[100 + number]]))
         assert len(made.pending) <= generation._MOST_PENDING
-    made.planned = None
     generation.advance(made, torch.tensor([[700]]))
     assert made.history.tolist() == [list(range(693, 701))]
+
+
+class _Cache:
+    """A KV cache, as far as a generation knows one."""
+
+
+@given(
+    st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=4, unique=True),
+    st.sets(st.integers(0, 39)),
+    st.integers(1, 8),
+)
+def test_passes_that_are_waved_through_change_nothing_that_is_read(
+    hashes: list[int], asked: set[int], generated: int
+) -> None:
+    """Whether all passes are planned in full, or those that ``passes`` takes are not: the same choices, in context."""
+    config = CaptureConfig(generated_tokens=generated, context_tokens=6)
+    quick, full = (_generation(config, hashes, closer=False) for _ in range(2))
+    cache = _Cache()
+    quick.cache = weakref.ref(cache)
+    waved = 0
+    for number in range(40):
+        ids = torch.arange(len(hashes)).unsqueeze(1) * 100 + number
+        if number in asked and quick.passes(ids, cache):
+            waved += 1
+            assert generation.advance(full, ids) == (None, number)
+            continue
+        one, other = generation.advance(quick, ids), generation.advance(full, ids)
+        assert one[1] == other[1] == number
+        for left, right in zip(_tensors(one[0]), _tensors(other[0]), strict=True):
+            assert torch.equal(left, right)
+    planned = full.planned or frozenset()
+    assert waved == len(asked - planned)
+
+
+def _tensors(choice: sampling.Choice | None) -> list[torch.Tensor]:
+    if choice is None:
+        return []
+    assert choice.context is not None
+    return [choice.index, choice.meta, choice.context]
+
+
+def test_a_pass_is_waved_through_only_when_it_surely_is_the_next_token() -> None:
+    made, cache, other = _generation(CaptureConfig(), [5], closer=False), _Cache(), _Cache()
+    made.planned = frozenset({3})
+    made.cache = weakref.ref(cache)
+    one = torch.tensor([[7]])
+    refused = [
+        (torch.tensor([[7, 8]]), cache),
+        (torch.tensor([[7], [8]]), cache),
+        (one, other),
+        (one, None),
+        (None, cache),
+    ]
+    assert not any(made.passes(ids, given_cache) for ids, given_cache in refused)
+    made.owners.known = True
+    assert not made.passes(one, cache)  # whether it is looked at more closely is still to be found out
+    made.judged = True
+    assert made.index == 0
+    assert [made.passes(one, cache) for _ in range(5)] == [True] * 3 + [False] * 2
+    assert made.index == 3
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
