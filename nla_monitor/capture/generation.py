@@ -70,7 +70,8 @@ class Generation:
 
         True for most tokens that an agent on a CPU writes: it costs next to nothing, and False commits to nothing.
         """
-        idle = self.planned is not None and self.index not in self.planned and not self.draw.policy.triggers
+        policy = self.draw.policy
+        idle = self.planned is not None and self.index not in self.planned
         undecided = self.closer is not None or (self.owners.known and not self.judged)
         if not idle or undecided or len(self.pending) >= _MOST_PENDING:
             return False
@@ -78,8 +79,12 @@ class Generation:
             return False
         if not isinstance(ids, Tensor) or ids.shape != (self.batch, 1):
             return False
-        if self.history is not None and sampling.stratum(self.index) < self.schedule.shape[1]:
-            self.pending.append(ids[:, 0].tolist())
+        tokens = ids[:, 0].tolist()
+        if not policy.trigger_ends.isdisjoint(tokens):
+            return False
+        read_on = bool(policy.triggers) or sampling.stratum(self.index) < self.schedule.shape[1]
+        if self.history is not None and read_on:
+            self.pending.append(tokens)
         self.index += 1
         return True
 

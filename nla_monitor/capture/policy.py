@@ -43,6 +43,8 @@ class Policy:
     pad_id: int | None
     patterns: tuple[tuple[tuple[int, ...], int], ...] = ()
     """Triggers of several tokens, shortest first, each with its kind."""
+    trigger_ends: frozenset[int] = frozenset()
+    """Token ids with which a trigger may end: at any other none does."""
     candidates: int = 0
     """Positions per sequence that text triggers are tried on."""
     per_agent_run: int | None = None
@@ -217,6 +219,7 @@ def build_policy(config: CaptureConfig, tokenizer: Any = None, model_config: Any
         tables={table.device: table},
         pad_id=_pad_id(tokenizer, model_config),
         patterns=tuple((trigger.tokens, FIRST_TRIGGER + names.index(trigger.name)) for trigger in several),
+        trigger_ends=frozenset(trigger.tokens[-1] for trigger in used),
         candidates=config.text_candidates if config.text_triggers else 0,
         per_agent_run=config.samples_per_agent_run,
         burst=config.burst.factor if config.burst is not None else 1,
