@@ -57,6 +57,8 @@ from nla_monitor.worker import check_pair
 logger = logging.getLogger("nla_monitor")
 
 _WATCH_SECONDS = 1.0
+_FIRST_WATCH_SECONDS = 0.125
+"""Doubled from look to look: a run of a second is seen, too, and one of a day is looked at once a second."""
 _EXIT_SECONDS = 10.0
 
 
@@ -467,7 +469,9 @@ class Monitor:
             self.spool.put(self.annotations.join(samples), unread=self._layers.stored)
 
     def _watch(self) -> None:
-        while not self._watch_stop.wait(_WATCH_SECONDS):
+        pause = _FIRST_WATCH_SECONDS
+        while not self._watch_stop.wait(pause):
+            pause = min(2 * pause, _WATCH_SECONDS)
             with self.guard("watch"):
                 self._reader.supervise()
                 self._look()
