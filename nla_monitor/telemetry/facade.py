@@ -156,6 +156,11 @@ class Telemetry:
         with self._guard("telemetry.unjudged"):
             self._metrics.unjudged.add(count, {semconv.ATTR_RULE: rule_id})
 
+    def delivery(self, sink: str, outcome: str) -> None:
+        """Count a post about an alert: ``delivered``, ``failed`` (tried again perhaps) or ``refused`` (for good)."""
+        with self._guard("telemetry.delivery"):
+            self._metrics.deliveries.add(1, {semconv.ATTR_SINK: sink, semconv.ATTR_OUTCOME: outcome})
+
     def guarantee_voided(self, rule_id: str) -> None:
         """Drift has ended what a rule's calibration promised for a run."""
         with self._guard("telemetry.guarantee"):
