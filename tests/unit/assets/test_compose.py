@@ -55,6 +55,57 @@ def test_no_secret_stands_in_it() -> None:
         assert line.startswith("${"), line
 
 
+def test_no_password_has_a_default_and_none_is_part_of_an_address() -> None:
+    text = (COMPOSE / "compose.yaml").read_text(encoding="utf-8")
+    named = re.findall(r"\$\{(\w*PASSWORD)(\S*?)\}", text)
+    assert {name for name, _ in named} == {"NLA_MONITOR_POSTGRES_PASSWORD", "NLA_MONITOR_GRAFANA_PASSWORD"}
+    assert not [rest for _, rest in named if rest.startswith((":-", "-"))]
+    for name in {name for name, _ in named}:
+        assert f"${{{name}:?" in text, f"{name} must be asked for"
+    assert not re.search(r"://\S*\$\{", text), "a password with an @ would break the address"
+
+
+def test_each_image_is_of_one_version_and_says_whether_it_is_well() -> None:
+    for name, service in FILE["services"].items():
+        if "image" in service:
+            tag = re.search(r":-[^:}]+:([^}]+)\}", service["image"])
+            assert tag, name
+            assert re.search(r"\d", tag[1]), f"{name}: {tag[1]} is another image tomorrow"
+        assert "healthcheck" in service or name in {"collector", "phoenix"}, name
+
+
+def test_the_workers_config_is_one_and_its_image_is_built_with_our_constraints() -> None:
+    from nla_monitor.config import load_config
+
+    assert load_config(COMPOSE / "monitor.yaml").nla.av == "organism:planted/av"
+    assert "--config monitor.yaml" in FILE["services"]["worker"]["command"][-1]
+    root = COMPOSE.parent.parent / "constraints.txt"
+    assert (COMPOSE / "worker.constraints.txt").read_bytes() == root.read_bytes()
+    assert "--constraint /build/worker.constraints.txt" in (COMPOSE / "worker.Dockerfile").read_text(encoding="utf-8")
+
+
+def test_grafanas_role_reads_and_changes_nothing(postgres_server: str) -> None:
+    import psycopg
+
+    role = f"nla_reader_{os.getpid()}"
+    address = postgres_server.replace("+psycopg", "").replace("///", "///postgres")
+    with psycopg.connect(address, autocommit=True) as owner:
+        info = owner.info
+        environment = {
+            **os.environ, "POSTGRES_USER": info.user, "POSTGRES_DB": "postgres", "NLA_MONITOR_READER": role,
+            "NLA_MONITOR_READER_PASSWORD": "a ' quoted @ one", "PGHOST": info.host, "PGPORT": str(info.port),
+        }  # fmt: skip
+        try:
+            subprocess.run([str(COMPOSE / "postgres-reader.sh")], env=environment, check=True, capture_output=True)
+            with psycopg.connect(address, autocommit=True) as reader:
+                reader.execute(f"SET SESSION AUTHORIZATION {role}")
+                assert reader.execute("SELECT 1").fetchone() == (1,)
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    reader.execute("SET transaction_read_only = off; CREATE TABLE public.x (y int)")
+        finally:
+            owner.execute(f"DROP ROLE IF EXISTS {role}")
+
+
 def test_the_collectors_pipelines_use_what_is_defined() -> None:
     config = yaml.safe_load((COMPOSE / "collector.yaml").read_text(encoding="utf-8"))
     for pipeline in config["service"]["pipelines"].values():
