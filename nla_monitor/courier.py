@@ -14,15 +14,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 from nla_monitor.alerts.sinks import Sink, drain
 from nla_monitor.errors import NLAMonitorError
 from nla_monitor.outlets import Reminder
+from nla_monitor.records import RuleHeader
 from nla_monitor.store.expiry import expire
 from nla_monitor.store.repository import Repository
+from nla_monitor.telemetry import Telemetry
 
 logger = logging.getLogger("nla_monitor.alerts")
 
@@ -40,26 +42,27 @@ class Courier:
     Args:
         repository: the store.
         sinks: whom to tell.
-        responses: by rule id, what its alerts may set off; see ``drain``.
+        headers: of the rules, by id; what their alerts may set off, see ``drain``.
+        telemetry: counts each post by sink and outcome.
         silence: seconds without a sign of life after which the alerts of a run that has not ended are over.
-        tell: hears of each post: the sink's name, and ``delivered``, ``failed`` or ``refused``.
     """
 
     def __init__(
         self,
         repository: Repository,
         sinks: Sequence[Sink],
+        headers: Mapping[str, RuleHeader],
         *,
-        responses: Mapping[str, Sequence[str] | None],
+        telemetry: Telemetry,
         silence: float,
-        tell: Callable[[str, str], None],
     ) -> None:
         self._repository = repository
         self._sinks = sinks
-        self._responses = responses
+        self._responses = {key: header.responses for key, header in headers.items()}
         self._silence = silence
-        self._tell = tell
-        self._reminder = Reminder(repository, sinks, responses=responses, tell=tell)
+        self._tell = telemetry.delivery
+        telemetry.expect_sinks(sink.name for sink in sinks)
+        self._reminder = Reminder(repository, sinks, responses=self._responses, tell=self._tell)
         self._expiry_due = 0.0
         self._wake, self._over = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None

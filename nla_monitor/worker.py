@@ -161,12 +161,10 @@ class Worker:
         self._calibrated = LiveGuarantees(engine, self.rules, self.verbalizer.content_hash, ar_hash, run=self._run_info)
         self.telemetry = telemetry or Telemetry(config=config.telemetry)
         self.telemetry.expect_rules(self.rules.headers.values())
-        silence = config.alerts.stale_seconds
-        self._vitals = Vitals(engine, self.telemetry, self.rules.headers.values(), silence)
+        headers, silence = self.rules.headers, config.alerts.stale_seconds
+        self._vitals = Vitals(engine, self.telemetry, headers.values(), silence)
         self.sinks = list(sinks) if sinks is not None else sinks_of(config)
-        responses = {key: header.responses for key, header in self.rules.headers.items()}
-        told = self.telemetry.delivery
-        self._courier = Courier(self.repository, self.sinks, responses=responses, silence=silence, tell=told)
+        self._courier = Courier(self.repository, self.sinks, headers, telemetry=self.telemetry, silence=silence)
         self._catching_up = True
 
     def run(self, stop: threading.Event, drain_and_stop: threading.Event | None = None) -> None:

@@ -43,8 +43,8 @@ def write(
     sys.stdout.write(", ".join(f"{counts[word]} {word}" for word in ("written", "updated", "unchanged")) + "\n")
     if runbooks is None:
         sys.stderr.write(
-            f"alerts name their runbook as a path below {folder}/prometheus, which no chat or pager can open: serve that "
-            "folder and give --runbooks-url URL, or let people read it with nla-monitor assets runbook ALERT\n"
+            f"alerts name their runbook as a path below {folder}/prometheus, which no chat or pager can open: serve "
+            "that folder and give --runbooks-url URL, or let people read it with nla-monitor assets runbook ALERT\n"
         )
 
 

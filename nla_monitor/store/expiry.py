@@ -2,7 +2,7 @@
 
 An alert resolves by its run's own clock, which stands still when the run ends or its host is killed: without an end by
 the wall clock it would fire until a person labels it. Life is what workers see of a run, by their own clock and not by
-the host's, which may be wrong: something of it was read lately, waits to be read, or it has just begun.
+the host's, which may be wrong: something of it was read lately, or waits to be read, or it has just begun.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def going_on(now: float, silence: float) -> ColumnElement[bool]:
     """
     return and_(
         RunRow.ended_at.is_(None),
-        or_(RunRow.started_at > now - silence, _last_read(RunRow.run_id) > now - silence, _waits(RunRow.run_id)),
+        or_(RunRow.started_at > now - silence, _last_read(RunRow.run_id) > now - silence),
     )
 
 
@@ -69,8 +69,6 @@ def expire(engine: Engine, now: float, silence: float) -> list[Alert]:
 
 def _end(connection: Connection, run_id: str, now: float, silence: float) -> str | None:
     """Why the alerts of a run are over; None: they are not."""
-    if connection.execute(select(_waits(run_id))).scalar():
-        return None
     seen = connection.execute(select(_last_read(run_id))).scalar() or 0.0
     run = connection.execute(select(RunRow.started_at, RunRow.ended_at).where(RunRow.run_id == run_id)).one_or_none()
     started, ended = run or (None, None)
@@ -78,11 +76,12 @@ def _end(connection: Connection, run_id: str, now: float, silence: float) -> str
         fired = select(func.max(AlertRow.fired_at)).where(AlertRow.run_id == run_id)
         seen = connection.execute(fired).scalar() or 0.0
     quiet = now - max(seen, started or 0.0, ended or 0.0)
-    if ended is not None and quiet >= min(AFTERGLOW, silence):
+    # What waits is asked last: in a long queue nothing but a look at all of it can tell.
+    if quiet < (silence if ended is None else min(AFTERGLOW, silence)) or _waits(connection, run_id):
+        return None
+    if ended is not None:
         return f"its run has ended, and nothing more of it was read for {quiet / 60:.0f} minutes"
-    if ended is None and quiet >= silence:
-        return f"stale: nothing of its run was read for {quiet / 3600:.1f} hours; its host may have been killed"
-    return None
+    return f"stale: nothing of its run was read for {quiet / 3600:.1f} hours; its host may have been killed"
 
 
 def _last_read(run_id: Any) -> ColumnElement[float]:
@@ -90,6 +89,6 @@ def _last_read(run_id: Any) -> ColumnElement[float]:
     return last.scalar_subquery()
 
 
-def _waits(run_id: Any) -> ColumnElement[bool]:
+def _waits(connection: Connection, run_id: str) -> bool:
     waiting = (SpoolRow.sample_id == SampleRow.sample_id, SpoolRow.state != "failed", SampleRow.run_id == run_id)
-    return exists().where(*waiting)
+    return bool(connection.execute(select(exists().where(*waiting))).scalar())

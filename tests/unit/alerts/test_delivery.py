@@ -156,6 +156,7 @@ def test_a_sink_of_somebodys_own_that_raises_is_a_failed_delivery(
     assert told == [("own", "failed"), ("log", "delivered")]
     assert repository.outbox_pending()[0].error == "own: fault of the sink (RuntimeError)"
     assert SECRET not in caplog.text
+    assert "not delivered yet, trying on: own: fault of the sink" in caplog.text
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 302])

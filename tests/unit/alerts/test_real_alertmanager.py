@@ -15,20 +15,23 @@ from typing import Any
 import pytest
 
 from nla_monitor.alerts.alertmanager import AlertmanagerSink
-from nla_monitor.alerts.sinks import DeliveryError
+from nla_monitor.alerts.sinks import DeliveryError, WebhookSink
 from nla_monitor.records import Alert, AlertState
 from tests.conftest import missing_service
 from tests.store_support import alert, sample
 
 pytestmark = pytest.mark.services
 
+NONE = "route: {receiver: none}\nreceivers: [{name: none}]\n"
+EXAMPLE = Path(__file__).parents[3] / "integrations/alertmanager/alertmanager.example.yaml"
 WEIRD = ['a "quoted" one', "two\nlines\r\n", "🙈" * 50, "x" * 10_000, "{{ $labels }}", "back\\slash", " ", "\ud800"]
 
 
 class Alertmanager:
     """One process on a free port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: str = NONE) -> None:
+        (folder / "am.yaml").write_text(config, encoding="utf-8")
         self.binary = shutil.which("prometheus-alertmanager") or missing_service("prometheus-alertmanager is missing")
         with socket.create_server(("127.0.0.1", 0)) as held:
             self.port = held.getsockname()[1]
@@ -37,9 +40,11 @@ class Alertmanager:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        file = self.folder / "am.yaml"
-        file.write_text("route: {receiver: none}\nreceivers: [{name: none}]\n", encoding="utf-8")
-        command = [str(self.binary), f"--config.file={file}", f"--storage.path={self.folder / 'data'}"]
+        command = [
+            str(self.binary),
+            f"--config.file={self.folder / 'am.yaml'}",
+            f"--storage.path={self.folder / 'data'}",
+        ]
         command += ["--cluster.listen-address=", f"--web.listen-address=127.0.0.1:{self.port}"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
@@ -116,3 +121,31 @@ def test_a_worker_whose_clock_is_wrong_is_heard_and_its_end_too(server: Alertman
     while server.known():
         assert time.monotonic() < deadline, "it is over"
         time.sleep(0.1)
+
+
+def test_the_example_keeps_what_follows_from_something_worse_quiet(tmp_path: Path) -> None:
+    server = Alertmanager(tmp_path, EXAMPLE.read_text(encoding="utf-8"))
+    server.start()
+    try:
+        told = (
+            ("NlaMonitorWorkerDown", "nla-monitor", ""),
+            ("NlaMonitorLag", "nla-monitor", ""),
+            ("NlaMonitorLag", "another-job", ""),
+            ("NlaMonitorNlaStale", "nla-monitor", "train"),
+            ("NlaMonitorFidelityFell", "nla-monitor", "train"),
+            ("NlaMonitorFidelityFell", "nla-monitor", "agent"),
+        )
+        labels = [{"alertname": name, "job": job} | ({"phase": phase} if phase else {}) for name, job, phase in told]
+        WebhookSink(f"{server.url}/api/v2/alerts").post([{"labels": one} for one in labels])
+
+        def quiet() -> set[tuple[str, ...]]:
+            found = [one["labels"] for one in server.known() if one["status"]["inhibitedBy"]]
+            return {tuple(one.get(name, "") for name in ("alertname", "job", "phase")) for one in found}
+
+        expected = {("NlaMonitorLag", "nla-monitor", ""), ("NlaMonitorFidelityFell", "nla-monitor", "train")}
+        deadline = time.monotonic() + 20
+        while quiet() != expected:
+            assert time.monotonic() < deadline, quiet()
+            time.sleep(0.2)
+    finally:
+        server.stop()
