@@ -178,7 +178,11 @@ def _json(
         for target in targets:
             panel = panel.with_target(target)
         board = board.with_panel(panel)
-    return json.dumps(board.build(), cls=JSONEncoder, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    made = json.loads(json.dumps(board.build(), cls=JSONEncoder))
+    for panel in made["panels"]:
+        if panel["options"] is None:  # no options are none at all: null is no value that the schema has
+            del panel["options"]
+    return json.dumps(made, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _with_levels(panel: Any, view: View) -> Any:

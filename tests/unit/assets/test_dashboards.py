@@ -29,6 +29,24 @@ def test_generating_them_again_gives_the_same_files(tmp_path: Path) -> None:
     assert made == {name: (GRAFANA / "dashboards" / name).read_text(encoding="utf-8") for name in BOARDS}
 
 
+@pytest.mark.parametrize("name", sorted(BOARDS))
+def test_it_is_of_grafanas_schema_and_holds_nothing_that_the_schema_does_not_know(name: str) -> None:
+    """Read into Grafana's types and written again it is the same: an unknown or misplaced key would be lost."""
+    pytest.importorskip("grafana_foundation_sdk")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    register_default_plugins()
+    known = json.loads(json.dumps(Dashboard.from_json(BOARDS[name]), cls=JSONEncoder))
+    for panel in known["panels"]:
+        if panel["options"] is None:
+            del panel["options"]
+        if not panel["fieldConfig"]["defaults"].get("custom", True):
+            del panel["fieldConfig"]["defaults"]["custom"]
+    assert known == BOARDS[name]
+
+
 def test_each_has_a_stable_uid_a_data_source_of_ones_choice_and_no_panel_upon_another() -> None:
     uids = [board["uid"] for board in BOARDS.values()]
     assert len(set(uids)) == len(uids) == 10
