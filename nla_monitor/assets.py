@@ -74,6 +74,24 @@ def write(target: Path, *, force: bool = False, runbooks: str | None = None) -> 
         raise ConfigError(f"the assets cannot be written to {target}: {error}") from error
 
 
+def runbook(alert: str) -> str:
+    """The page about an alert of the Prometheus rules, as Markdown.
+
+    Args:
+        alert: its name, such as ``NlaMonitorLag``; the prefix may be left out.
+
+    Raises:
+        ConfigError: there is no alert of that name.
+    """
+    pages = {file.stem.lower(): file for file in (folder() / "prometheus" / "runbooks").glob("*.md")}
+    wanted = alert.lower()
+    file = pages.get(wanted) or pages.get(f"nlamonitor{wanted}")
+    if file is None:
+        known = ", ".join(sorted(page.stem for page in pages.values()))
+        raise ConfigError(f"no alert is called {alert[:100]!r}; there are {known}")
+    return file.read_text(encoding="utf-8")
+
+
 def _write(target: Path, contents: Mapping[str, bytes], present: Mapping[str, bytes]) -> list[Written]:
     done = []
     for path, data in sorted(contents.items()):

@@ -6,9 +6,9 @@ An unknown key is an error that names the nearest valid one. Paths are taken rel
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -28,7 +28,8 @@ RoleTrigger = Literal["turn_end", "assistant", "tool_call", "tool_result", "fina
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # What a validation error quotes may be a URL with a token, and a traceback shows the error that ours comes from.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 def _checked_url(value: str) -> str:
@@ -312,6 +313,10 @@ class WorkerConfig(_Section):
     metrics_port: int | None = Field(None, ge=0, le=65535)
 
 
+SECRET_OUTLETS: Final[set[str]] = {"webhook", "alertmanager", "notify"}
+"""Keys of ``alerts`` that may hold tokens: never stored with a run, and never said."""
+
+
 class AlertConfig(_Section):
     """What alerts may do."""
 
@@ -326,6 +331,17 @@ class AlertConfig(_Section):
     notify: tuple[str, ...] = Field(
         (), description="Apprise URLs (slack://, pagerduty://, mailtos://, discord:// and the like) that get alerts"
     )
+    stale_seconds: float = Field(
+        14_400.0,
+        ge=60.0,
+        description="alerts of a run that has not ended resolve as stale when nothing of it was read for so long "
+        "(its host was killed, perhaps)",
+    )
+
+    @field_validator("alertmanager", "notify", mode="before")
+    @classmethod
+    def _one_address_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
 
 class TelemetryConfig(_Section):
@@ -433,7 +449,7 @@ def _explain(item: Any) -> str:
     if item["type"] == "secret":
         return f"{key}: {item['msg']}"
     if item["type"] != "extra_forbidden":
-        return f"{key} = {item['input']!r}: {item['msg']}"
+        return f"{key}: {item['msg']}" if _is_secret(item["loc"]) else f"{key} = {item['input']!r}: {item['msg']}"
     section: type[BaseModel] = MonitorConfig
     for part in item["loc"][:-1]:
         if isinstance(part, int):  # of a list of sections
@@ -445,6 +461,11 @@ def _explain(item: Any) -> str:
     nearest = difflib.get_close_matches(str(item["loc"][-1]), section.model_fields, n=1, cutoff=0.4)
     valid = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(section.model_fields)}"
     return f"unknown key {key!r}; {valid}"
+
+
+def _is_secret(place: Sequence[int | str]) -> bool:
+    """Whether what stands there may hold a token: addresses of alerts, and whatever holds them."""
+    return place[:1] == ("alerts",) and (len(place) < 2 or place[1] in SECRET_OUTLETS)
 
 
 def _absolute_paths(config: MonitorConfig, base: Path) -> MonitorConfig:

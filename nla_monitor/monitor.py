@@ -24,12 +24,12 @@ from nla_monitor.alerts.responses import Responses
 from nla_monitor.annotations import Annotations
 from nla_monitor.attached import announce, withdraw
 from nla_monitor.capture import Capture
-from nla_monitor.config import MonitorConfig, absolute_database, load_config, overridden
+from nla_monitor.config import SECRET_OUTLETS, MonitorConfig, absolute_database, load_config, overridden
 from nla_monitor.errors import AttachError
 from nla_monitor.guard import Guard
 from nla_monitor.nla.sidecar import load_sidecar
 from nla_monitor.organism import resolve
-from nla_monitor.outlets import SECRET_OUTLETS, sinks_of
+from nla_monitor.outlets import sinks_of
 from nla_monitor.reading_side import ReadingSide
 from nla_monitor.records import (
     ActivationSample,

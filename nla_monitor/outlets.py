@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from nla_monitor.alerts.alertmanager import RESEND, AlertmanagerSink
 from nla_monitor.alerts.notify import AppriseSink
-from nla_monitor.alerts.sinks import DeliveryError, LogSink, Sink, WebhookSink
+from nla_monitor.alerts.sinks import DeliveryError, LogSink, Sink, WebhookSink, may_tell
 from nla_monitor.config import MonitorConfig
 from nla_monitor.records import Alert, AlertState
 from nla_monitor.store.health import MISTAKES
@@ -17,8 +17,6 @@ from nla_monitor.store.repository import Repository
 
 logger = logging.getLogger("nla_monitor.alerts")
 
-SECRET_OUTLETS: Final[set[str]] = {"webhook", "alertmanager", "notify"}
-"""Keys of ``alerts`` that may hold tokens: never stored with a run."""
 _MANY: Final = 500
 """Alerts in one post to an Alertmanager, newest first."""
 
@@ -47,14 +45,24 @@ class Reminder:
     Args:
         repository: what fires.
         sinks: of which the Alertmanagers are reminded.
+        responses: by rule id, what its alerts may set off: a rule that names no webhook reaches no Alertmanager.
+        tell: hears of each post: the sink's name, and ``delivered``, ``failed`` or ``refused``.
         clock: seconds that only grow.
     """
 
     def __init__(
-        self, repository: Repository, sinks: Sequence[Sink], clock: Callable[[], float] = time.monotonic
+        self,
+        repository: Repository,
+        sinks: Sequence[Sink],
+        *,
+        responses: Mapping[str, Sequence[str] | None] | None = None,
+        tell: Callable[[str, str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._repository = repository
         self._sinks = [sink for sink in sinks if isinstance(sink, AlertmanagerSink)]
+        self._responses = responses or {}
+        self._tell = tell
         self._clock = clock
         self._due = clock()
         self._down: set[str] = set()
@@ -69,18 +77,24 @@ class Reminder:
             return
         alerts = [alert for alert in self._repository.alerts(state=AlertState.FIRING, limit=_MANY) if _stands(alert)]
         for sink in self._sinks:
-            self._remind(sink, alerts)
+            self._remind(sink, [alert for alert in alerts if may_tell(sink, alert, self._responses)])
         self._due = self._clock() + RESEND
 
     def _remind(self, sink: AlertmanagerSink, alerts: Sequence[Alert]) -> None:
+        if not alerts:
+            return
         try:
             sink.remind(alerts)
         except DeliveryError as error:
             if sink.name not in self._down:
                 logger.warning("%s is not reminded of what fires, trying on: %s", sink.name, error)
             self._down.add(sink.name)
+            outcome = "refused" if error.permanent else "failed"
         else:
             self._down.discard(sink.name)
+            outcome = "delivered"
+        if self._tell is not None:
+            self._tell(sink.name, outcome)
 
 
 def _stands(alert: Alert) -> bool:

@@ -33,6 +33,9 @@ SOURCE, PROXY, RETOKENIZED, IMPLAUSIBLE = "source", "proxy", "retokenized", "imp
 ``vllm``). True, where it is so: ``proxy``, the model that was read is not the one that answered; ``retokenized``, the
 answer's tokens were made from its text; ``implausible``, the model that was read would hardly have answered so."""
 
+ENDED = "ended"
+"""Key in an alert's evidence: why it resolved without its rule saying so."""
+
 
 def uuid7() -> str:
     """A time-ordered UUID (version 7, RFC 9562 §5.7) as text: 48 bits of Unix milliseconds, then random bits."""

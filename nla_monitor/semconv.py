@@ -63,6 +63,7 @@ ATTR_PLACE: Final = "place"
 ATTR_OUTCOME: Final = "outcome"
 ATTR_TRIAGE: Final = "label"
 ATTR_STATE: Final = "state"
+ATTR_SINK: Final = "sink"
 
 # Metrics (no ``_total``: exporters add it); unit beside the name
 METRIC_SAMPLED: Final = "nla_monitor.activations.sampled"  # {activation}
@@ -88,5 +89,6 @@ METRIC_ALERTS_FIRING: Final = "nla_monitor.alerts.firing"  # {alert}, by rule an
 METRIC_ALERTS_LABELLED: Final = "nla_monitor.alerts.labelled"  # {alert}, by rule and label
 METRIC_GUARANTEES_VOID: Final = "nla_monitor.guarantees.void"  # {guarantee}, by rule, of runs that go on
 METRIC_GUARANTEES_STANDING: Final = "nla_monitor.guarantees.standing"  # {guarantee}, by rule, of runs that go on
+METRIC_DELIVERIES: Final = "nla_monitor.deliveries"  # {delivery}, by sink and outcome: delivered, failed or refused
 METRIC_OUTBOX: Final = "nla_monitor.outbox.size"  # {message}, by state: pending or dead
 METRIC_HEARTBEAT: Final = "nla_monitor.worker.heartbeat"  # s, Unix time of this worker's last look at the store

@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 
 from nla_monitor import semconv
 from nla_monitor.records import RuleHeader, TriageState
-from nla_monitor.store.health import Health, look
+from nla_monitor.store.health import SILENCE, Health, look
 from nla_monitor.telemetry import Telemetry
 
 EVERY: Final = 5.0
@@ -31,6 +31,7 @@ class Vitals:
         engine: the store.
         telemetry: where the levels go.
         headers: of the rules that the worker runs.
+        silence: seconds without a sign of life after which a run counts as gone.
         clock: seconds that only grow, for the pause between looks.
     """
 
@@ -39,9 +40,11 @@ class Vitals:
         engine: Engine,
         telemetry: Telemetry,
         headers: Iterable[RuleHeader],
+        silence: float = SILENCE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
+        self._silence = silence
         self._telemetry = telemetry
         self._clock = clock
         self._due = clock()
@@ -56,7 +59,7 @@ class Vitals:
         if self._clock() < self._due:
             return
         self._due = self._clock() + EVERY
-        health = look(self._engine, time.time())
+        health = look(self._engine, time.time(), self._silence)
         self._telemetry.queue_size(health.waiting + health.leased)
         seen = _series(health)
         for (metric, labels), value in (self._zero | seen).items():

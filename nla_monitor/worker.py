@@ -3,6 +3,7 @@
 One batch, top to bottom: lease → verbalize (AV) → reconstruct (AR) → match rules → one transaction with readings,
 matches, alerts and the outbox, and the acknowledgement in that same transaction → deliver the outbox. Killed at any
 instant, the batch is leased again; a batch that another worker finished meanwhile is thrown away, not stored twice.
+Delivery has a thread of its own while the worker runs: a receiver that hangs holds up no reading.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from sqlalchemy import Engine
 
 from nla_monitor.alerts.judge import Clock, Judge
 from nla_monitor.alerts.lifecycle import Event
-from nla_monitor.alerts.sinks import Sink, drain
+from nla_monitor.alerts.sinks import Sink
 from nla_monitor.baseline import LiveGuarantees
 from nla_monitor.calibrate import Guarantees, RunWatch, Voided
 from nla_monitor.config import MonitorConfig
 from nla_monitor.controls import Controls
+from nla_monitor.courier import Courier
 from nla_monitor.errors import (
     ConfigError,
     EngineError,
@@ -44,7 +46,7 @@ from nla_monitor.nla.engines import greet, open_verbalizer, release
 from nla_monitor.nla.fidelity import record_of
 from nla_monitor.nla.injection import bad_rows
 from nla_monitor.organism import resolve
-from nla_monitor.outlets import Reminder, sinks_of
+from nla_monitor.outlets import sinks_of
 from nla_monitor.records import (
     ActivationSample,
     Alert,
@@ -159,10 +161,10 @@ class Worker:
         self._calibrated = LiveGuarantees(engine, self.rules, self.verbalizer.content_hash, ar_hash, run=self._run_info)
         self.telemetry = telemetry or Telemetry(config=config.telemetry)
         self.telemetry.expect_rules(self.rules.headers.values())
-        self._vitals = Vitals(engine, self.telemetry, self.rules.headers.values())
+        headers, silence = self.rules.headers, config.alerts.stale_seconds
+        self._vitals = Vitals(engine, self.telemetry, headers.values(), silence)
         self.sinks = list(sinks) if sinks is not None else sinks_of(config)
-        self._reminder = Reminder(self.repository, self.sinks)
-        self._responses = {key: header.responses for key, header in self.rules.headers.items()}
+        self._courier = Courier(self.repository, self.sinks, headers, telemetry=self.telemetry, silence=silence)
         self._catching_up = True
 
     def run(self, stop: threading.Event, drain_and_stop: threading.Event | None = None) -> None:
@@ -177,6 +179,10 @@ class Worker:
             NLAMonitorError: the database is no longer one that this version can use.
             Exception: what went wrong ``_FAULTS_IN_A_ROW`` times in a row.
         """
+        with self._courier.at_work():
+            self._run(stop, drain_and_stop)
+
+    def _run(self, stop: threading.Event, drain_and_stop: threading.Event | None) -> None:
         pause, faults, away_since = self.config.worker.poll_seconds, 0, 0.0
         while not stop.is_set():
             finishing = drain_and_stop is not None and drain_and_stop.is_set()
@@ -202,6 +208,7 @@ class Worker:
             if worked:
                 continue
             if finishing and self._empty():
+                self._courier.finish()
                 return
             stop.wait(pause)
 
@@ -455,8 +462,7 @@ class Worker:
         self._vitals.tick()
 
     def _deliver(self) -> None:
-        drain(self.repository, self.sinks, responses=self._responses)
-        self._reminder.tick()
+        self._courier.nudge()
 
     def close(self) -> None:
         """Give connections back: the database's, and those to a server that runs the AV."""

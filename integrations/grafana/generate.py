@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from grafana_foundation_sdk.builders import dashboard, prometheus, stat, table, timeseries, trend
+from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, table, timeseries, trend
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.variants import Dataquery
-from grafana_foundation_sdk.models.dashboard import DataSourceRef, GridPos, VariableRefresh
+from grafana_foundation_sdk.models.common import GraphTresholdsStyleMode
+from grafana_foundation_sdk.models.dashboard import (
+    DataSourceRef,
+    GridPos,
+    Threshold,
+    ThresholdsMode,
+    VariableOption,
+    VariableRefresh,
+)
 
 HOME: Final = Path(__file__).parent
 PLUGINS: Final = {"sqlite": "frser-sqlite-datasource", "postgres": "grafana-postgresql-datasource"}
@@ -32,6 +40,8 @@ _PANELS: Final[Mapping[str, type[Any]]] = {
     "steps": trend.Panel,
 }
 _COLUMNS: Final = 24
+_JOBS: Final = ("nla-monitor", "nla-monitor-runs")
+"""Workers that run all the time, and those that a run starts beside itself; as in ``prometheus.example.yaml``."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class View:
     kind: str = "series"
     unit: str = "short"
     width: int = 12
+    levels: Mapping[str, float | None] | None = None
+    """Colours by the least value that has them, ascending; the first has none. Curves show them as lines."""
 
     @property
     def height(self) -> int:
@@ -88,7 +100,8 @@ def metrics_dashboard(name: str, title: str, views: Sequence[View]) -> str:
     alerts = alerts.icon_color("red").expr('ALERTS{alertname="NlaMonitorRuleFired", alertstate="firing", job="$job"}')
     board = _board(f"nla-monitor-{name}", f"NLA monitor: {title}").annotation(alerts)
     board = board.with_variable(dashboard.DatasourceVariable("datasource").type("prometheus").label("Prometheus"))
-    board = board.with_variable(dashboard.ConstantVariable("job").value("nla-monitor").label("Scrape job"))
+    jobs = dashboard.CustomVariable("job").values(",".join(_JOBS)).label("Scrape job")
+    board = board.with_variable(jobs.current(VariableOption(selected=True, text=_JOBS[0], value=_JOBS[0])))
     return _json(board, views, _METRICS, [list(_metric_queries(view)) for view in views])
 
 
@@ -97,7 +110,7 @@ def store_dashboard(name: str, title: str, views: Sequence[View], engine: str) -
     source = DataSourceRef(type_val=PLUGINS[engine], uid="${datasource}")
     board = _board(f"nla-monitor-{name}-{engine}", f"NLA monitor: {title} (from the store)")
     board = board.with_variable(dashboard.DatasourceVariable("datasource").type(PLUGINS[engine]).label("Store"))
-    if any("${run}" in query["ask"] for view in views for query in view.queries):
+    if any("${run" in query["ask"] for view in views for query in view.queries):
         runs = dashboard.QueryVariable("run").datasource(source).label("Run")
         runs = runs.refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
         board = board.with_variable(runs.query("SELECT run_id FROM nla_runs ORDER BY started_at DESC"))
@@ -160,10 +173,25 @@ def _json(
         panel = panel.datasource(source).grid_pos(place)
         if view.kind == "steps":
             panel = panel.x_field("step")
+        if view.levels:
+            panel = _with_levels(panel, view)
         for target in targets:
             panel = panel.with_target(target)
         board = board.with_panel(panel)
-    return json.dumps(board.build(), cls=JSONEncoder, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    made = json.loads(json.dumps(board.build(), cls=JSONEncoder))
+    for panel in made["panels"]:
+        if panel["options"] is None:  # no options are none at all: null is no value that the schema has
+            del panel["options"]
+    return json.dumps(made, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _with_levels(panel: Any, view: View) -> Any:
+    steps = [Threshold(value=least, color=colour) for colour, least in (view.levels or {}).items()]
+    panel = panel.thresholds(dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps))
+    if view.kind == "series":
+        lines = common.GraphThresholdsStyleConfig().mode(GraphTresholdsStyleMode.DASHED)
+        panel = panel.thresholds_style(lines)
+    return panel
 
 
 if __name__ == "__main__":

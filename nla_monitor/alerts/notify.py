@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -19,11 +19,27 @@ from nla_monitor.errors import ConfigError, MissingExtraError
 from nla_monitor.records import Alert, AlertState, Severity
 
 _TALKERS: Final = ("apprise", "urllib3.connectionpool", "requests_oauthlib")
-_TOLD: Final = ("matches", "first_step", "last_step", "position", "fve", "fve_denominator", "calibration", "alert_id")
+_PATIENCE: Final = 30.0
+"""Seconds for one message. Apprise bounds each silence (4 s by HTTP, 15 s by SMTP), not the whole of an answer."""
+_LONGEST_TITLE: Final = 200
+_TOLD: Final = (
+    "ended",
+    "matches",
+    "first_step",
+    "last_step",
+    "position",
+    "fve",
+    "fve_denominator",
+    "calibration",
+    "alert_id",
+)
 
 
 class AppriseSink:
     """Tells one service of each fired or resolved alert.
+
+    The title of an alert is the same when it resolves: services that tie messages together by a title or a first line
+    (PagerDuty with ``?action=map``) close what they opened, and two conditions of a rule stay two incidents.
 
     Args:
         url: as Apprise writes it, such as ``slack://TOKEN_A/TOKEN_B/TOKEN_C``; see https://github.com/caronc/apprise.
@@ -55,32 +71,50 @@ class AppriseSink:
         self._service = service
         self._types = {True: apprise.NotifyType.FAILURE, False: apprise.NotifyType.WARNING}
         self._resolved = apprise.NotifyType.SUCCESS
+        self._before: threading.Thread | None = None
 
     def send(self, kind: str, alert: Alert) -> None:
-        """Deliver one item; Apprise's own timeouts (4 s to connect, 4 s of silence) bound it.
+        """Deliver one item, within half a minute.
 
         Raises:
-            DeliveryError: the service did not take it; Apprise does not say whether trying again helps.
+            DeliveryError: the service did not take it, or not in time; Apprise does not say whether trying again helps.
         """
+        if self._before is not None and self._before.is_alive():
+            raise DeliveryError(f"{self._service.service_name} has not answered the message before this one")
         ended = alert.state is AlertState.RESOLVED
         loud = alert.severity.rank >= Severity.HIGH.rank
+        message = {
+            "title": _title(alert),
+            "body": _body(kind, alert, content=self._content),
+            "notify_type": self._resolved if ended else self._types[loud],
+        }
+        answers: list[object] = []
+        self._before = threading.Thread(
+            target=self._tell, args=(message, answers.append), name=f"nla-monitor-{self.name}", daemon=True
+        )
+        self._before.start()
+        self._before.join(_PATIENCE)
+        if answers[:1] != [True]:
+            why = f"({answers[0]})" if answers and answers[0] else "" if answers else "in time"
+            raise DeliveryError(f"{self._service.service_name} did not take it {why}".rstrip())
+
+    def _tell(self, message: dict[str, object], answer: Callable[[object], None]) -> None:
+        """On a thread of its own: True, False, or the name of what went wrong; its text may quote the URL."""
         with _quiet():
             try:
-                taken = self._service.notify(
-                    title=f"[{alert.severity.value}] {alert.rule_title} ({kind})",
-                    body=_body(alert, content=self._content),
-                    notify_type=self._resolved if ended else self._types[loud],
-                )
-            except Exception as error:  # noqa: BLE001 -- of a plug-in; its text may quote the URL
-                raise DeliveryError(f"{self._service.service_name}: {type(error).__name__}") from None
-        if not taken:
-            raise DeliveryError(f"{self._service.service_name} did not take it")
+                answer(bool(self._service.notify(**message)))
+            except Exception as error:  # noqa: BLE001 -- of a plug-in
+                answer(type(error).__name__)
 
 
-def _body(alert: Alert, *, content: bool) -> str:
+def _title(alert: Alert) -> str:
+    return f"[{alert.severity.value}] {' '.join(alert.rule_title.split())[:_LONGEST_TITLE]} [{alert.fingerprint[:8]}]"
+
+
+def _body(kind: str, alert: Alert, *, content: bool) -> str:
     facts = annotations_of(alert, content=content)
     wanted = [*_TOLD, *(("quote", "explanation") if content else ())]
-    lines = [f"rule {alert.rule_id}, run {alert.run_id}"]
+    lines = [f"{kind}: rule {alert.rule_id}, run {alert.run_id}"]
     lines += [f"{name.replace('_', ' ')}: {facts[name]}" for name in wanted if name in facts]
     lines.append(f"nla-monitor alerts show {alert.alert_id}")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from nla_monitor.alerts.base import DeliveryError, Sink
 from nla_monitor.alerts.webhook import WebhookSink
 from nla_monitor.records import Alert, Severity
 
-__all__ = ["DeliveryError", "Drained", "LogSink", "Sink", "WebhookSink", "drain"]
+__all__ = ["DeliveryError", "Drained", "LogSink", "Sink", "WebhookSink", "drain", "may_tell"]
 
 logger = logging.getLogger("nla_monitor.alerts")
 
@@ -24,6 +24,11 @@ _NAMED_SINKS: Final = {"log": "log", "webhook": "webhook", "alertmanager": "webh
 """Sinks that a rule's ``response`` may name, by the start of their name: all that leave the machine are ``webhook``."""
 MAX_ATTEMPTS: Final = 12
 """Over an hour of retries with the delays above."""
+LONGEST_WAIT: Final = 86_400.0
+"""Seconds after which a message that a sink still lacks is given up, tried or not: what bounds the outbox."""
+
+
+Tell = Callable[[str, str], None]
 
 
 class _Item(Protocol):
@@ -39,6 +44,10 @@ class _Item(Protocol):
     def attempts(self) -> int: ...
     @property
     def delivered(self) -> tuple[str, ...]: ...
+    @property
+    def created_at(self) -> float: ...
+    @property
+    def error(self) -> str | None: ...
 
 
 class _Outbox(Protocol):
@@ -111,11 +120,13 @@ def drain(
     responses: Mapping[str, Sequence[str] | None] | None = None,
     limit: int = 50,
     clock: Callable[[], float] = time.time,
+    tell: Tell | None = None,
 ) -> Drained:
-    """One pass over what is due in the outbox, oldest first; never raises for a sink.
+    """One pass over what is due in the outbox; never raises for a sink, whatever the sink raises.
 
     A sink that fails is not asked again in this pass, so that a dead receiver costs one timeout, not one per alert. Its
-    items come back after ``FIRST_DELAY * 2 ** attempts`` seconds (at most ``LONGEST_DELAY``), ``MAX_ATTEMPTS`` times.
+    items come back after ``FIRST_DELAY * 2 ** attempts`` seconds (at most ``LONGEST_DELAY``), ``MAX_ATTEMPTS`` times
+    and for ``LONGEST_WAIT`` seconds at most.
 
     Args:
         outbox: what is to be told.
@@ -125,11 +136,13 @@ def drain(
             name are the host's own and always hear.
         limit: items in one pass.
         clock: Unix seconds.
+        tell: hears of each delivery: the sink's name, and ``delivered``, ``failed`` (tried again perhaps) or
+            ``refused`` (for good).
 
     Raises:
         StoreUnavailableError: the outbox can't be read or written; undone items come back.
     """
-    delivery = _Pass(outbox, sinks, clock, responses or {})
+    delivery = _Pass(outbox, sinks, clock, responses or {}, tell or _nobody)
     # One claim at a time: what this pass does not reach is not hidden from other workers.
     for _ in range(limit):
         items = outbox.outbox_claim(1, CLAIM_SECONDS)
@@ -137,6 +150,17 @@ def drain(
             break
         delivery.deliver(items[0])
     return Drained(delivery.delivered, delivery.delayed, delivery.given_up)
+
+
+def may_tell(sink: Sink, alert: Alert, responses: Mapping[str, Sequence[str] | None]) -> bool:
+    """Whether an alert's rule lets it go to a sink; see ``drain``."""
+    named = responses.get(alert.rule_id)
+    kind = _NAMED_SINKS.get(sink.name.partition(":")[0])
+    return named is None or kind is None or kind in named
+
+
+def _nobody(_sink: str, _outcome: str) -> None:
+    """Nobody counts."""
 
 
 class _Pass:
@@ -148,8 +172,10 @@ class _Pass:
         sinks: Sequence[Sink],
         clock: Callable[[], float],
         responses: Mapping[str, Sequence[str] | None],
+        tell: Tell,
     ) -> None:
         self._outbox = outbox
+        self._tell = tell
         self._responses = responses
         self._sinks = sinks
         self._clock = clock
@@ -165,34 +191,30 @@ class _Pass:
         errors: dict[str, DeliveryError] = {}
         waiting = False
         for sink in self._sinks:
-            if sink.name in have or not self._may_tell(sink, item.alert):
+            if sink.name in have or not may_tell(sink, item.alert, self._responses):
                 continue
             if sink.name in self._down:
                 waiting = True
                 continue
-            try:
-                sink.send(item.kind, item.alert)
-            except DeliveryError as error:
-                errors[sink.name] = error
-            else:
+            error = _given(sink, item)
+            if error is None:
                 have.add(sink.name)
+            else:
+                errors[sink.name] = error
+            self._tell(sink.name, "delivered" if error is None else "refused" if error.permanent else "failed")
         self._settle(item, have, errors, waiting)
-
-    def _may_tell(self, sink: Sink, alert: Alert) -> bool:
-        named = self._responses.get(alert.rule_id)
-        kind = _NAMED_SINKS.get(sink.name.partition(":")[0])
-        return named is None or kind is None or kind in named
 
     def _settle(self, item: _Item, have: set[str], errors: dict[str, DeliveryError], waiting: bool) -> None:
         now = self._clock()
         again = now + min(FIRST_DELAY * 2**item.attempts, LONGEST_DELAY)
         transient = [name for name, error in errors.items() if not error.permanent]
         self._down |= dict.fromkeys(transient, again)
-        text = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        text = "; ".join(f"{name}: {error}" for name, error in errors.items()) or item.error
+        in_time = now - item.created_at < LONGEST_WAIT
         if not errors and not waiting:
             self._outbox.outbox_done(item.outbox_id)
             self.delivered += 1
-        elif waiting or (transient and item.attempts + 1 < MAX_ATTEMPTS):
+        elif in_time and (waiting or (transient and item.attempts + 1 < MAX_ATTEMPTS)):
             retry_at = max([again, *self._down.values()]) if errors else max(self._down.values())
             self._outbox.outbox_failed(
                 item.outbox_id,
@@ -202,7 +224,23 @@ class _Pass:
                 attempted=bool(errors),
             )
             self.delayed += 1
+            if errors and not item.attempts:
+                logger.warning(
+                    "alert %s (%s) is not delivered yet, trying on: %s", item.alert.alert_id, item.kind, text
+                )
         else:
+            text = text or f"put off for too long: {', '.join(self._down)} failed"
             logger.error("alert %s (%s) was not delivered and is given up: %s", item.alert.alert_id, item.kind, text)
             self._outbox.outbox_failed(item.outbox_id, text, None, delivered=sorted(have))
             self.given_up += 1
+
+
+def _given(sink: Sink, item: _Item) -> DeliveryError | None:
+    """Why a sink did not take an item; None: it has it."""
+    try:
+        sink.send(item.kind, item.alert)
+    except DeliveryError as error:
+        return error
+    except Exception as error:  # noqa: BLE001 -- somebody's own sink: its fault is no worker's, its text may be secret
+        return DeliveryError(f"fault of the sink ({type(error).__name__})")
+    return None

@@ -7,39 +7,48 @@ Labels hold only what is stable and has few values; everything else is an annota
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
+import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from nla_monitor.alerts.base import DeliveryError
 from nla_monitor.errors import ConfigError
-from nla_monitor.records import Alert, AlertState
+from nla_monitor.records import ENDED, Alert, AlertState
 
 _NEVER: Final = "0001-01-01T00:00:00Z"
-_AGAIN: Final = frozenset({408, 425, 429})
-"""Refusals (4xx) that may end by themselves."""
+_AGAIN: Final = frozenset({401, 403, 404, 407, 408, 425, 429})
+"""Refusals (4xx) that may end without another message: by themselves, or when a person mends a token or an address."""
+_LONGEST_ANSWER: Final = 10.0
+"""Seconds from the end of a post to the end of the answer's headers: a receiver that drips must not hold up others."""
+_UNTOUCHED: Final = "/%:@!$&'()*+,;=?~-._[]"
+"""What a path or query may hold as it is; whatever else is escaped."""
 
 
 class WebhookSink:
     """Posts each fired or resolved alert to a URL.
 
-    Safe for several threads. Redirects are not followed: they would turn the POST into a GET.
+    Safe for several threads. Redirects are not followed: they would turn the POST into a GET. A receiver that was told
+    twice (a worker died between the post and its note of it) knows by ``fingerprint``, ``startsAt`` and ``status``.
 
     Args:
         url: ``http://`` or ``https://``; a user and password in it become a Basic ``Authorization`` header.
-        timeout: seconds of silence after which a delivery counts as failed.
+        timeout: seconds of silence after which a delivery counts as failed; an answer that drips has ten seconds.
         content: also send quote, explanation and context.
         headers: sent along, for instance ``Authorization``.
         external_url: where a person finds the monitor; the ``generatorURL``.
         name: how the outbox remembers that this sink has an item.
 
     Raises:
-        ConfigError: the URL is no http(s) URL.
+        ConfigError: the URL is no http(s) URL, or a header cannot be sent.
     """
 
     key = "alerts.webhook"
@@ -61,15 +70,16 @@ class WebhookSink:
         self._external_url = external_url
         self._headers = {"Content-Type": "application/json", "User-Agent": "nla-monitor"}
         self._url, self._shown = self._split(url)
-        self._headers |= headers or {}
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._headers |= self._sendable(headers or {})
+        self._opener = urllib.request.build_opener(_NoRedirect, _Http, _Https)
 
     def _split(self, url: str) -> tuple[str, str]:
         try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-        except ValueError as error:
-            raise ConfigError(f"{self.key} is no URL; give http://HOST/PATH or https://HOST/PATH") from error
+            parts = urlsplit(url.strip())
+            port = parts.port
+            host = (parts.hostname or "").encode("idna").decode()
+        except ValueError:  # not chained: what urllib says quotes the URL
+            raise ConfigError(f"{self.key} is no URL; give http://HOST/PATH or https://HOST/PATH") from None
         if parts.scheme not in ("http", "https") or not host:
             raise ConfigError(f"{self.key} must be an http:// or https:// URL with a host")
         if parts.username is not None:
@@ -78,7 +88,14 @@ class WebhookSink:
         bare = f"[{host}]" if ":" in host else host
         place = f"{bare}:{port}" if port else bare
         # Paths and queries of webhooks hold tokens: only the host is ever shown.
-        return urlunsplit((parts.scheme, place, parts.path, parts.query, "")), f"{parts.scheme}://{place}"
+        path, query = (quote(part, safe=_UNTOUCHED) for part in (parts.path, parts.query))
+        return urlunsplit((parts.scheme, place, path, query, "")), f"{parts.scheme}://{place}"
+
+    def _sendable(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        for name, value in headers.items():
+            if not (name + value).isascii() or not (name + value).isprintable():
+                raise ConfigError(f"{self.key}: header {name!a} holds what HTTP cannot send; give printable ASCII")
+        return headers
 
     def send(self, kind: str, alert: Alert) -> None:
         """Deliver one item.
@@ -98,15 +115,64 @@ class WebhookSink:
         data = json.dumps(body).encode()
         request = urllib.request.Request(self._url, data=data, headers=self._headers, method="POST")  # noqa: S310 -- scheme checked above
         try:
-            with self._opener.open(request, timeout=self._timeout):
-                return
+            with self._opener.open(request, timeout=self._timeout) as answer:
+                self._heard(_moment(answer.headers.get("Date")))
         except urllib.error.HTTPError as error:
+            self._heard(_moment(error.headers.get("Date")))
             error.close()
-            refused = 300 <= error.code < 500 and error.code not in _AGAIN
-            raise DeliveryError(f"{self._shown} answered {error.code}", permanent=refused) from error
-        except (OSError, http.client.HTTPException) as error:
+            raise self._refused(error.code) from error
+        except OSError as error:
             reason = getattr(error, "reason", None) or error
             raise DeliveryError(f"{self._shown}: {reason or type(error).__name__}") from error
+        except (http.client.HTTPException, ValueError) as error:  # their text may quote the URL or the answer
+            raise DeliveryError(f"{self._shown}: {type(error).__name__}") from None
+
+    def _heard(self, date: float | None) -> None:
+        """What the receiver's clock said when it answered, in Unix seconds (whole ones); None: nothing."""
+
+    def _refused(self, code: int) -> DeliveryError:
+        if 300 <= code < 400:
+            return DeliveryError(f"{self._shown} answered {code}: redirects are not followed, give the final URL")
+        return DeliveryError(f"{self._shown} answered {code}", permanent=400 <= code < 500 and code not in _AGAIN)
+
+
+class _Bounded(http.client.HTTPConnection):
+    """An answer's headers have ``_LONGEST_ANSWER`` seconds, however they drip; ``timeout`` is between two bytes."""
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        over = threading.Timer(_LONGEST_ANSWER, self._cut)
+        over.daemon = True
+        over.start()
+        try:
+            return super().getresponse()
+        finally:
+            over.cancel()
+
+    def _cut(self) -> None:
+        if (open_socket := self.sock) is not None:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                open_socket.shutdown(socket.SHUT_RDWR)
+
+
+class _BoundedTls(_Bounded, http.client.HTTPSConnection):
+    """The same by TLS."""
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Bounded, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_BoundedTls, req)
+
+
+def _moment(date: str | None) -> float | None:
+    try:
+        return parsedate_to_datetime(date).timestamp() if date else None
+    except ValueError:  # no date: the receiver's affair
+        return None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -170,6 +236,7 @@ def annotations_of(alert: Alert, *, content: bool = False) -> dict[str, str]:
         "fve_denominator": alert.denominator_name,
         "calibration": alert.calibration.get("status", "uncalibrated"),
         "traceparent": alert.traceparent,
+        "ended": alert.evidence.get(ENDED),
     }
     if content:
         facts |= {"quote": alert.quote, "explanation": alert.explanation, "context": alert.context}

@@ -259,7 +259,7 @@ def _print_what_to_do(out: Console, exhibit: Exhibit, database: str) -> None:
             # Not wrapped: a command that was broken over two lines cannot be copied.
             out.print(Text(f"     {command}", style="bold"), soft_wrap=True)
     if alert.state is AlertState.FIRING:
-        resolve = "It still fires, and resolves by itself when the rule's window no longer holds."
+        resolve = "It still fires, and resolves by itself: when the rule's window no longer holds, or its run is over."
         out.print(Padding(Text(resolve), (0, 0, 0, 2)))
 
 

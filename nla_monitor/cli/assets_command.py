@@ -16,7 +16,7 @@ app = typer.Typer(help="Write what Prometheus, Alertmanager, Grafana and a conta
 
 @app.callback()
 def _group() -> None:
-    """Keep ``write`` a command of its own name, although it is the only one."""
+    """What is written for other tools, and its pages to read."""
 
 
 @app.command()
@@ -41,3 +41,16 @@ def write(
             sys.stdout.write(f"{one.outcome:9}  {folder / one.path}\n")
     counts = Counter(one.outcome for one in done)
     sys.stdout.write(", ".join(f"{counts[word]} {word}" for word in ("written", "updated", "unchanged")) + "\n")
+    if runbooks is None:
+        sys.stderr.write(
+            f"alerts name their runbook as a path below {folder}/prometheus, which no chat or pager can open: serve "
+            "that folder and give --runbooks-url URL, or let people read it with nla-monitor assets runbook ALERT\n"
+        )
+
+
+@app.command()
+def runbook(alert: Annotated[str, typer.Argument(metavar="ALERT", help="Its name, such as NlaMonitorLag.")]) -> None:
+    """Print the page about an alert: what it means, how sure, what to check, how to silence, how to label."""
+    from nla_monitor import assets
+
+    sys.stdout.write(assets.runbook(alert))

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Engine, and_, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Engine, and_, func, select
 
 from nla_monitor.records import AlertState, TriageState
 from nla_monitor.store.engine import read
+from nla_monitor.store.expiry import going_on
 from nla_monitor.store.models import (
     AlertRow,
     CalibrationRow,
@@ -20,8 +21,8 @@ from nla_monitor.store.models import (
     TallyRow,
 )
 
-AFTERGLOW: Final = 3600.0
-"""Seconds after a run's end for which its alerts still count as firing: what waited is read after the end."""
+SILENCE: Final = 14_400.0
+"""Seconds without a sign of life after which a run that has not ended counts as gone, unless told otherwise."""
 MISTAKES: Final = (TriageState.FALSE_POSITIVE, TriageState.BENIGN)
 """Labels that take an alert out of those that fire: a person has decided."""
 
@@ -39,7 +40,7 @@ class Health:
     drops: Mapping[str, int]
     """Samples never stored, by reason, of all runs."""
     firing: Mapping[tuple[str, str], int]
-    """Alerts that fire, were not labelled a mistake, and whose run goes on or has just ended; by rule and severity."""
+    """Alerts that fire and were not labelled a mistake, by rule and severity; ``expire`` ends those of dead runs."""
     labelled: Mapping[tuple[str, str], int]
     """Alerts by rule and triage state."""
     void: Mapping[str, int]
@@ -49,12 +50,13 @@ class Health:
     """Messages about alerts, ``pending`` and ``dead``."""
 
 
-def look(engine: Engine, now: float) -> Health:
+def look(engine: Engine, now: float, silence: float = SILENCE) -> Health:
     """Read the numbers, in one transaction.
 
     Args:
         engine: from ``session.open_engine``.
         now: Unix seconds.
+        silence: seconds without a sign of life after which a run that has not ended counts as gone.
 
     Raises:
         StoreUnavailableError: the database can't be read.
@@ -62,15 +64,17 @@ def look(engine: Engine, now: float) -> Health:
     with read(engine) as connection:
         queue = _grouped(connection, SpoolRow.state)
         oldest = connection.execute(select(func.min(SpoolRow.enqueued_at)).where(SpoolRow.state != "failed")).scalar()
-        void, standing = _guarantees(connection)
+        void, standing = _guarantees(connection, now, silence)
         return Health(
             waiting=queue.get("waiting", 0),
             leased=queue.get("leased", 0),
             failed=queue.get("failed", 0),
             oldest=max(now - oldest, 0.0) if oldest is not None else 0.0,
-            active_runs=connection.execute(select(func.count()).where(RunRow.ended_at.is_(None))).scalar_one(),
+            active_runs=connection.execute(
+                select(func.count()).select_from(RunRow).where(going_on(now, silence))
+            ).scalar_one(),
             drops=_drops(connection),
-            firing=_firing(connection, now),
+            firing=_firing(connection),
             labelled=_labelled(connection),
             void=void,
             standing=standing,
@@ -88,20 +92,13 @@ def _drops(connection: Connection) -> dict[str, int]:
     return {reason: int(count) for reason, count in connection.execute(query)}
 
 
-def _going_on(now: float) -> ColumnElement[bool]:
-    """Of an outer join with runs: the run has not ended, has just ended, or is not known."""
-    return or_(RunRow.ended_at.is_(None), RunRow.ended_at > now - AFTERGLOW)
-
-
-def _firing(connection: Connection, now: float) -> dict[tuple[str, str], int]:
+def _firing(connection: Connection) -> dict[tuple[str, str], int]:
     query = (
         select(AlertRow.rule_id, AlertRow.severity, func.count())
-        .outerjoin(RunRow, RunRow.run_id == AlertRow.run_id)
         .where(
             and_(
                 AlertRow.state == AlertState.FIRING.value,
                 AlertRow.triage.not_in([state.value for state in MISTAKES]),
-                _going_on(now),
             )
         )
         .group_by(AlertRow.rule_id, AlertRow.severity)
@@ -114,14 +111,14 @@ def _labelled(connection: Connection) -> dict[tuple[str, str], int]:
     return {(rule_id, triage): count for rule_id, triage, count in connection.execute(query)}
 
 
-def _guarantees(connection: Connection) -> tuple[dict[str, int], dict[str, int]]:
-    """Void and standing guarantees of runs that have not ended, by rule."""
+def _guarantees(connection: Connection, now: float, silence: float) -> tuple[dict[str, int], dict[str, int]]:
+    """Void and standing guarantees of runs that go on, by rule."""
     query = (
         select(CalibrationRow.rule_id, TallyRow.void_at.is_not(None), func.count())
         .select_from(TallyRow)
         .join(CalibrationRow, CalibrationRow.calibration_id == TallyRow.calibration_id)
         .join(RunRow, RunRow.run_id == TallyRow.run_id)
-        .where(RunRow.ended_at.is_(None))
+        .where(going_on(now, silence))
         .group_by(CalibrationRow.rule_id, TallyRow.void_at.is_not(None))
     )
     void: dict[str, int] = {}

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Engine, exists, func, select, update
+from sqlalchemy import Connection, Engine, Exists, exists, func, select, update
+from sqlalchemy.orm import aliased
 
 from nla_monitor.records import Alert
 from nla_monitor.store.codec import Row, alert_of, clean
 from nla_monitor.store.dialect import locked
 from nla_monitor.store.engine import read, write
-from nla_monitor.store.models import OutboxRow, table
+from nla_monitor.store.models import AlertRow, OutboxRow, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +57,19 @@ class Outbox:
             return connection.execute(select(func.count()).where(OutboxRow.state == "dead")).scalar_one()
 
     def outbox_claim(self, limit: int, seconds: float) -> list[OutboxItem]:
-        """Take what is due, oldest first, for this caller alone during ``seconds``; then it is due again."""
+        """Take what is due, for this caller alone during ``seconds``; then it is due again.
+
+        What was tried least comes first, so that a message that a receiver always refuses holds up no other. Of one
+        condition only the oldest is due: a receiver that hears ``resolved`` before ``fired`` would take it as firing.
+        """
         now = self._clock()
-        due = (OutboxRow.state == "pending", OutboxRow.next_at <= now)
+        due = (OutboxRow.state == "pending", OutboxRow.next_at <= now, ~_something_before())
         with read(self._engine) as connection:  # without the write lock: mostly nothing is due
             if not connection.execute(select(exists().where(*due))).scalar():
                 return []
         with write(self._engine) as connection:
-            query = select(*table(OutboxRow).c).where(*due).order_by(OutboxRow.outbox_id).limit(limit)
+            query = select(*table(OutboxRow).c).where(*due)
+            query = query.order_by(OutboxRow.attempts, OutboxRow.outbox_id).limit(limit)
             rows = connection.execute(locked(connection, query, skip=True)).mappings().all()
             taken = [row["outbox_id"] for row in rows]
             connection.execute(update(OutboxRow).where(OutboxRow.outbox_id.in_(taken)).values(next_at=now + seconds))
@@ -96,6 +102,19 @@ class Outbox:
             changed = {"state": "dead"} if retry_at is None else {"next_at": retry_at}
             attempts = OutboxRow.attempts + (1 if attempted else 0)
             _set(connection, outbox_id, error=clean(error), delivered=list(delivered), attempts=attempts, **changed)
+
+
+def _something_before() -> Exists:
+    """Whether something older about the same condition (rule, run and group) is to be told still."""
+    mine = select(AlertRow.fingerprint).where(AlertRow.alert_id == OutboxRow.alert_id)
+    fingerprint = mine.correlate(OutboxRow).scalar_subquery()
+    older, its = aliased(OutboxRow), aliased(AlertRow)
+    return exists().where(
+        older.state == "pending",
+        older.outbox_id < OutboxRow.outbox_id,
+        its.alert_id == older.alert_id,
+        its.fingerprint == fingerprint,
+    )
 
 
 def _set(connection: Connection, outbox_id: int, **values: object) -> None:

@@ -156,6 +156,18 @@ class Telemetry:
         with self._guard("telemetry.unjudged"):
             self._metrics.unjudged.add(count, {semconv.ATTR_RULE: rule_id})
 
+    def delivery(self, sink: str, outcome: str) -> None:
+        """Count a post about an alert: ``delivered``, ``failed`` (tried again perhaps) or ``refused`` (for good)."""
+        with self._guard("telemetry.delivery"):
+            self._metrics.deliveries.add(1, {semconv.ATTR_SINK: sink, semconv.ATTR_OUTCOME: outcome})
+
+    def expect_sinks(self, names: Iterable[str]) -> None:
+        """Begin each sink's counts at 0, so that its first failure is seen as an increase."""
+        with self._guard("telemetry.expect_sinks"):
+            for name in names:
+                for outcome in ("delivered", "failed", "refused"):
+                    self._metrics.deliveries.add(0, {semconv.ATTR_SINK: name, semconv.ATTR_OUTCOME: outcome})
+
     def guarantee_voided(self, rule_id: str) -> None:
         """Drift has ended what a rule's calibration promised for a run."""
         with self._guard("telemetry.guarantee"):

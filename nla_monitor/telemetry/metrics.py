@@ -74,6 +74,9 @@ class Instruments:
         self.unjudged = meter.create_counter(
             semconv.METRIC_UNJUDGED, "{reading}", "Readings that a rule could not ask its judge or model about, by rule"
         )
+        self.deliveries = meter.create_counter(
+            semconv.METRIC_DELIVERIES, "{delivery}", "Posts about alerts, by sink and outcome; each retry counts"
+        )
         self.voided = meter.create_counter(
             semconv.METRIC_VOIDED, "{guarantee}", "Guarantees of a run that drift has ended, by rule"
         )

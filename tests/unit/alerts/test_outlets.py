@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import subprocess
 import threading
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,19 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nla_monitor.alerts.alertmanager import RESEND, STAYS, AlertmanagerSink
+from nla_monitor.alerts.alertmanager import RESEND, AlertmanagerSink
 from nla_monitor.alerts.notify import AppriseSink
 from nla_monitor.alerts.sinks import DeliveryError, Drained, drain
-from nla_monitor.alerts.webhook import rfc3339
 from nla_monitor.config import load_config
 from nla_monitor.errors import ConfigError, MissingExtraError
 from nla_monitor.monitor import Monitor
 from nla_monitor.outlets import Reminder, sinks_of
-from nla_monitor.records import Alert, AlertState, TriageState
+from nla_monitor.records import Alert, TriageState
 from nla_monitor.store.engine import open_engine
 from nla_monitor.store.repository import Repository
 from nla_monitor.store.session import upgrade
-from tests.conftest import missing_service
 from tests.store_support import alert, sample
 
 NOW = 1_700_000_000.0
@@ -86,36 +80,11 @@ def fire(repository: Repository, *numbers: int) -> list[Alert]:
         return [tx.save_alert(alert(sample(number), fingerprint=str(number)), [], "fired") for number in numbers]
 
 
-def test_a_firing_alert_ends_by_itself_unless_it_is_posted_again(server: Server) -> None:
-    AlertmanagerSink(server.url + "/", clock=lambda: NOW).send("fired", alert(sample(3), fired_at=NOW - 5))
-    ((path, (posted,)),) = server.got
-    assert path == "/api/v2/alerts"
-    assert posted["labels"] == {
-        "alertname": "NlaMonitorRuleFired",
-        "rule": "hack",
-        "severity": "high",
-        "run": "run-1",
-        "source": "agent",
-        "fingerprint": alert(sample(3)).fingerprint,
-    }
-    assert (posted["startsAt"], posted["endsAt"]) == (rfc3339(NOW - 5), rfc3339(NOW + STAYS))
-    assert "special-case" not in json.dumps(posted)
-
-
-def test_a_resolved_alert_has_an_end_that_is_over_and_not_before_its_start(server: Server) -> None:
-    sink = AlertmanagerSink(server.url, clock=lambda: NOW)
-    for fired, resolved in ((NOW - 60, NOW - 10), (NOW - 60, NOW + 3600), (NOW + 50, NOW + 60)):
-        sink.send("resolved", alert(sample(3), state=AlertState.RESOLVED, fired_at=fired, resolved_at=resolved))
-    ends = [posted["endsAt"] for _, (posted,) in server.got]
-    # The host's clock is an hour ahead, or even its start is: Alertmanager refuses an end before the start.
-    assert ends == [rfc3339(NOW - 10), rfc3339(NOW), rfc3339(NOW + 50)]
-
-
 @settings(max_examples=30, deadline=None)
 @given(run=HOSTILE, title=HOSTILE)
 def test_whatever_stands_in_an_alert_is_posted_in_bounds(run: str, title: str) -> None:
     sink = AlertmanagerSink("http://localhost:1", clock=lambda: NOW)
-    posted = sink._posted(alert(sample(1), run_id=run, rule_title=title))
+    posted = sink._posted(alert(sample(1), run_id=run, rule_title=title), NOW)
     assert all(0 < len(value) <= 256 for value in posted["labels"].values())
     assert all(0 < len(value) <= 4096 for value in posted["annotations"].values())
     assert json.loads(json.dumps(posted)) == posted
@@ -143,7 +112,9 @@ def test_what_fires_is_posted_again_from_the_store_until_a_person_has_decided(
     assert Reminder(repository, []).tick() is None
 
 
-@pytest.mark.parametrize(("status", "given_up", "delayed"), [(400, 1, 0), (401, 1, 0), (500, 0, 1), (503, 0, 1)])
+@pytest.mark.parametrize(
+    ("status", "given_up", "delayed"), [(400, 1, 0), (413, 1, 0), (401, 0, 1), (404, 0, 1), (500, 0, 1)]
+)
 def test_a_refusal_is_given_up_or_tried_again(
     repository: Repository, server: Server, status: int, given_up: int, delayed: int
 ) -> None:
@@ -161,48 +132,6 @@ def test_a_rule_that_names_no_webhook_leaves_the_machine_by_none_of_them(
     assert server.got == []
 
 
-@pytest.mark.services
-def test_the_real_alertmanager_takes_merges_and_ends_it(tmp_path: Path) -> None:
-    """Two workers post the same alert; it is one there, and gone after its end."""
-    binary = shutil.which("prometheus-alertmanager") or missing_service("prometheus-alertmanager is not installed")
-    config = tmp_path / "am.yaml"
-    config.write_text("route: {receiver: none}\nreceivers: [{name: none}]\n", encoding="utf-8")
-    port = 20_000 + (time.time_ns() // 1000) % 20_000
-    command = [
-        str(binary),
-        f"--config.file={config}",
-        f"--storage.path={tmp_path / 'data'}",
-        "--cluster.listen-address=",
-    ]
-    process = subprocess.Popen(
-        [*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    url = f"http://127.0.0.1:{port}"
-
-    def known() -> Any:
-        with urllib.request.urlopen(f"{url}/api/v2/alerts", timeout=5) as response:  # noqa: S310 -- of this test
-            return json.load(response)
-
-    try:
-        one = alert(sample(3), fired_at=time.time() - 5, explanation='"quotes"\n🙈' + "x" * 10_000)
-        sinks = [AlertmanagerSink(url, number=number, content=True) for number in (0, 1)]
-        for _ in range(100):
-            try:
-                sinks[0].send("fired", one)
-                break
-            except DeliveryError:
-                time.sleep(0.1)
-        sinks[1].send("fired", one)
-        assert [found["labels"]["rule"] for found in known()] == ["hack"]
-        sinks[0].send(
-            "resolved", alert(sample(3), state=AlertState.RESOLVED, fired_at=one.fired_at, resolved_at=time.time())
-        )
-        assert known() == []
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
 def test_a_service_gets_the_facts_and_no_content(server: Server) -> None:
     pytest.importorskip("apprise")
     sink = AppriseSink(server.url.replace("http://", "json://") + "/token-abc")
@@ -210,7 +139,8 @@ def test_a_service_gets_the_facts_and_no_content(server: Server) -> None:
     AppriseSink(server.url.replace("http://", "json://"), content=True).send("fired", alert(sample(3)))
     (path, first), (_, second) = server.got
     assert path == "/token-abc"
-    assert (first["title"], first["type"]) == ("[high] " + alert(sample(3)).rule_title + " (fired)", "failure")
+    assert (first["title"], first["type"]) == ("[high] Plans to hack [conditio]", "failure")
+    assert first["message"].startswith("fired: rule hack, run run-1\n")
     assert "calibration: uncalibrated" in first["message"]
     assert "special-case" not in json.dumps(first)
     assert "special-case" in second["message"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,14 @@ from nla_monitor.store.engine import open_engine
 from nla_monitor.store.repository import Repository
 from nla_monitor.store.session import upgrade
 from tests.store_support import AGENT, alert, sample
+
+
+def soon() -> float:
+    """A moment at which everything in the outbox is due; the same for the outbox and for who works it."""
+    return SOON
+
+
+SOON = time.time() + 60
 
 
 def responses(
@@ -85,7 +94,7 @@ class Hears:
 def repository() -> Iterator[Repository]:
     engine = open_engine("sqlite://", in_process=True)
     upgrade(engine)
-    yield Repository(engine, lambda: 2e9)
+    yield Repository(engine, soon)
     engine.dispose()
 
 
@@ -105,10 +114,10 @@ def test_only_the_named_sinks_are_told_and_the_hosts_own_always(
     with repository.transaction() as tx:
         tx.save_alert(fired(), [], "fired")
     sinks = [Hears("log"), Hears("webhook"), Hears("pager")]
-    done = drain(repository, sinks, responses={"hack": named}, clock=lambda: 2e9)
+    done = drain(repository, sinks, responses={"hack": named}, clock=soon)
     assert done == Drained(delivered=1)
     assert {sink.name for sink in sinks if sink.told} == told
-    assert drain(repository, sinks, responses={"hack": named}, clock=lambda: 2e9) == Drained()
+    assert drain(repository, sinks, responses={"hack": named}, clock=soon) == Drained()
 
 
 def test_a_sink_left_out_that_is_down_delays_nobody(repository: Repository) -> None:
@@ -116,6 +125,6 @@ def test_a_sink_left_out_that_is_down_delays_nobody(repository: Repository) -> N
         tx.save_alert(fired("other", fingerprint="1"), [], "fired")
         tx.save_alert(fired("hack", fingerprint="2"), [], "fired")
     sinks = [Hears("webhook", fails=True), Hears("log")]
-    done = drain(repository, sinks, responses={"hack": ["log"]}, clock=lambda: 2e9)
+    done = drain(repository, sinks, responses={"hack": ["log"]}, clock=soon)
     assert done == Drained(delivered=1, delayed=1)
     assert sinks[1].told == ["other", "hack"]

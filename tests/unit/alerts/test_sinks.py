@@ -90,7 +90,8 @@ def receiver() -> Iterator[Receiver]:
 class Clock:
     """Unix seconds, set by the test."""
 
-    now = 2e9
+    def __init__(self) -> None:
+        self.now = time.time() + 60
 
     def __call__(self) -> float:
         return self.now
@@ -185,7 +186,10 @@ def test_content_leaves_only_when_asked_for(receiver: Receiver) -> None:
     assert (annotations["quote"], annotations["context"]) == ("special-case the tests", "def test_")
 
 
-@pytest.mark.parametrize(("status", "permanent"), [(500, False), (503, False), (429, False), (404, True), (302, True)])
+@pytest.mark.parametrize(
+    ("status", "permanent"),
+    [(500, False), (429, False), (401, False), (404, False), (302, False), (400, True), (422, True)],
+)
 def test_refusals_say_whether_trying_again_helps(receiver: Receiver, status: int, permanent: bool) -> None:
     receiver.status, receiver.location = status, "/elsewhere" if status == 302 else ""
     with pytest.raises(DeliveryError, match=str(status)) as caught:

@@ -84,6 +84,21 @@ def test_links_to_runbooks_can_lead_to_where_they_are_served(tmp_path: Path) -> 
     assert all(link.startswith("https://ops.example.org/runbooks/Nla") for link in links)
 
 
+def test_without_an_address_the_links_are_said_to_be_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["assets", "write", str(tmp_path)])
+    assert "--runbooks-url" in capsys.readouterr().err
+    run(["assets", "write", str(tmp_path), "--runbooks-url", "https://ops.example.org"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_page_can_be_read_where_no_link_leads(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("NlaMonitorLag", "lag"):
+        assert run(["assets", "runbook", name]) == 0
+        assert capsys.readouterr().out.startswith("# NlaMonitorLag: ")
+    assert run(["assets", "runbook", "../../../etc/passwd"]) == 2
+    assert "NlaMonitorWorkerDown" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     assert run(["assets", "write", str(tmp_path / "file")]) == 2

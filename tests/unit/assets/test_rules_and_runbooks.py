@@ -57,6 +57,7 @@ def test_the_servers_own_tools_accept_the_files(command: tuple[str, ...]) -> Non
         ({"alertname": "NlaMonitorRuleFired", "severity": "critical"}, "oncall,record"),
         ({"alertname": "NlaMonitorRuleFired", "severity": "medium"}, "record"),
         ({"alertname": "NlaMonitorWorkerDown", "severity": "critical"}, "oncall,record"),
+        ({"alertname": "NlaMonitorDeliveryDelayed", "severity": "critical"}, "oncall,record"),
         ({"alertname": "NlaMonitorLag", "severity": "warning"}, "record"),
     ],
 )
@@ -75,6 +76,8 @@ def test_every_alert_is_named_tested_and_leads_to_its_page() -> None:
         )
         assert {"summary", "description", "runbook_url"} <= set(rule["annotations"])
         assert rule["annotations"]["runbook_url"] == f"runbooks/{name}.md"
+        told = CliRunner().invoke(app, shlex.split(rule["annotations"]["runbook"])[1:])
+        assert told.stdout.startswith(f"# {name}: "), "the command in the message prints the page"
     assert {path.stem for path in RUNBOOKS.glob("*.md")} == set(ALERTS)
 
 

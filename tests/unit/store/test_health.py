@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from sqlalchemy import update
 
 from nla_monitor.records import AlertState, RuleHeader, RunInfo, Severity, TriageState
 from nla_monitor.store.engine import open_engine, write
-from nla_monitor.store.health import AFTERGLOW, look
+from nla_monitor.store.health import look
 from nla_monitor.store.models import RunRow, SpoolRow
 from nla_monitor.store.repository import Repository
 from nla_monitor.vitals import EVERY, Vitals
@@ -46,17 +47,19 @@ def test_the_age_of_the_queue_is_that_of_its_oldest_sample(repository: Repositor
     assert look(repository.engine, ENDED - 90).oldest == 0, "a clock that lags behind is no age"
 
 
-def test_an_ended_runs_alerts_fire_for_an_hour_and_a_mistake_no_longer(repository: Repository) -> None:
-    assert look(repository.engine, ENDED + AFTERGLOW + 1).firing == {}
-    with write(repository.engine) as connection:
-        connection.execute(update(RunRow).values(ended_at=None))
-    assert sum(look(repository.engine, ENDED + 10 * AFTERGLOW).firing.values()) == 3
+def test_a_mistake_fires_no_longer(repository: Repository) -> None:
     firing = [alert for alert in repository.alerts() if alert.state is AlertState.FIRING]
     for alert, label in zip(
         firing, (TriageState.FALSE_POSITIVE, TriageState.BENIGN, TriageState.TRUE_POSITIVE), strict=True
     ):
         repository.label(alert.alert_id, label, "me")
     assert sum(look(repository.engine, ENDED).firing.values()) == 1
+
+
+def test_a_run_whose_host_was_killed_goes_on_for_a_while_only(repository: Repository) -> None:
+    repository.start_run(RunInfo("killed", "n", "m", 2, STARTED))
+    assert look(repository.engine, STARTED + 100, silence=3600).active_runs == 1
+    assert look(repository.engine, STARTED + 4000, silence=3600).active_runs == 0
 
 
 def test_levels_start_at_zero_for_each_rule_and_go_back_to_zero(repository: Repository) -> None:
@@ -66,7 +69,7 @@ def test_levels_start_at_zero_for_each_rule_and_go_back_to_zero(repository: Repo
     now = [0.0]
     headers = [RuleHeader("quiet", "Title", "v", Severity.LOW)]
     with in_memory_backend() as backend:
-        vitals = Vitals(repository.engine, backend.telemetry(), headers, clock=lambda: now[0])
+        vitals = Vitals(repository.engine, backend.telemetry(), headers, math.inf, clock=lambda: now[0])
         vitals.tick()
 
         def level(metric: str, **labels: str) -> dict[tuple[str, ...], float]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nla_monitor.alerts.sinks import LogSink
 from nla_monitor.config import load_config
 from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.telemetry import sdk
@@ -41,7 +42,11 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
     handle = sdk.configure("test", metrics_port=0)
     verbalizer = FakeVerbalizer([f"It intends to {QUOTE}."])
     worker = Worker(
-        config, verbalizer=verbalizer, reconstructor=FakeReconstructor(0.9), telemetry=handle.telemetry(), sinks=[]
+        config,
+        verbalizer=verbalizer,
+        reconstructor=FakeReconstructor(0.9),
+        telemetry=handle.telemetry(),
+        sinks=[LogSink()],
     )
     SqlSpool(worker.repository.engine).put([sample(number, 1) for number in range(4)])
     worker.run_once()
