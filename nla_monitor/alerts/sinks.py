@@ -20,7 +20,8 @@ CLAIM_SECONDS: Final = 120.0
 """How long a claimed item is hidden from other workers; longer than all sinks together may take for one."""
 FIRST_DELAY: Final = 2.0
 LONGEST_DELAY: Final = 600.0
-_NAMED_SINKS: Final = {"log": "log", "webhook": "webhook", "alertmanager": "webhook", "notify": "webhook"}
+_LEAVING: Final = ("webhook", "alertmanager", "notify", "phoenix", "langfuse")
+_NAMED_SINKS: Final = {"log": "log"} | dict.fromkeys(_LEAVING, "webhook")
 """Sinks that a rule's ``response`` may name, by the start of their name: all that leave the machine are ``webhook``."""
 MAX_ATTEMPTS: Final = 12
 """Over an hour of retries with the delays above."""
@@ -121,7 +122,7 @@ def drain(
         outbox: what is to be told.
         sinks: whom to tell.
         responses: by rule id, what its alerts may set off. A rule that names responses reaches the sinks called ``log``
-            and ``webhook`` (Alertmanagers and notifications count as such) only if it names them; sinks of another
+            and ``webhook`` (whatever leaves the machine counts as such) only if it names them; sinks of another
             name are the host's own and always hear.
         limit: items in one pass.
         clock: Unix seconds.
@@ -187,7 +188,7 @@ class _Pass:
         now = self._clock()
         again = now + min(FIRST_DELAY * 2**item.attempts, LONGEST_DELAY)
         transient = [name for name, error in errors.items() if not error.permanent]
-        self._down |= dict.fromkeys(transient, again)
+        self._down |= {name: again for name in transient if not errors[name].alone}
         text = "; ".join(f"{name}: {error}" for name, error in errors.items())
         if not errors and not waiting:
             self._outbox.outbox_done(item.outbox_id)
