@@ -92,6 +92,13 @@ def told(alert: Alert, *, content: bool) -> str:
     return tidy("\n".join(lines), LONG)
 
 
+def headline(alert: Alert) -> str:
+    """The finding in one line, with its state as it is now; no content in it."""
+    title = tidy(alert.rule_title, SHORT)
+    line = f"{alert.state.value}: [{alert.severity.value}] {title} — {_how_sure(alert)}; id {alert.alert_id}"
+    return " ".join(line.split())
+
+
 def _how_sure(alert: Alert) -> str:
     matches = "1 match" if alert.matches == 1 else f"{alert.matches} matches"
     fidelity = "no fidelity"
