@@ -17,7 +17,8 @@ VARIABLE = r"^[A-Za-z_]\w*$"
 class Section(BaseModel):
     """A part of the config: frozen, and no key in it that nobody reads."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # What a validation error quotes may be a URL with a token, and a traceback shows the error that ours comes from.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 def checked_url(value: str) -> str:

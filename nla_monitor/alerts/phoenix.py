@@ -52,11 +52,10 @@ class PhoenixSink(SpanSink):
         """The annotation, as the only one of a list."""
         return {"data": [annotation(alert, place.span_id, content=self._content)]}
 
-    def refusal(self, code: int) -> DeliveryError:
-        """What an answer that is no 2xx means."""
+    def _refused(self, code: int) -> DeliveryError:
         if code == HTTPStatus.NOT_FOUND:
             return DeliveryError(f"{self._shown} does not have the alert's span yet (404)", alone=True)
-        return super().refusal(code)
+        return super()._refused(code)
 
 
 def annotation(alert: Alert, span_id: str, *, content: bool) -> dict[str, Any]:

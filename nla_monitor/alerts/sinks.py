@@ -25,6 +25,8 @@ _NAMED_SINKS: Final = {"log": "log"} | dict.fromkeys(_LEAVING, "webhook")
 """Sinks that a rule's ``response`` may name, by the start of their name: all that leave the machine are ``webhook``."""
 MAX_ATTEMPTS: Final = 12
 """Over an hour of retries with the delays above."""
+LONE_ATTEMPTS: Final = 9
+"""Where only the item itself has to wait (see ``DeliveryError.alone``): eight and a half minutes."""
 
 
 class _Item(Protocol):
@@ -116,7 +118,8 @@ def drain(
     """One pass over what is due in the outbox, oldest first; never raises for a sink.
 
     A sink that fails is not asked again in this pass, so that a dead receiver costs one timeout, not one per alert. Its
-    items come back after ``FIRST_DELAY * 2 ** attempts`` seconds (at most ``LONGEST_DELAY``), ``MAX_ATTEMPTS`` times.
+    items come back after ``FIRST_DELAY * 2 ** attempts`` seconds (at most ``LONGEST_DELAY``), ``MAX_ATTEMPTS`` times;
+    where the receiver is well and only the item has to wait, ``LONE_ATTEMPTS`` times.
 
     Args:
         outbox: what is to be told.
@@ -193,7 +196,7 @@ class _Pass:
         if not errors and not waiting:
             self._outbox.outbox_done(item.outbox_id)
             self.delivered += 1
-        elif waiting or (transient and item.attempts + 1 < MAX_ATTEMPTS):
+        elif waiting or (transient and item.attempts + 1 < _most(errors)):
             retry_at = max([again, *self._down.values()]) if errors else max(self._down.values())
             self._outbox.outbox_failed(
                 item.outbox_id,
@@ -207,3 +210,8 @@ class _Pass:
             logger.error("alert %s (%s) was not delivered and is given up: %s", item.alert.alert_id, item.kind, text)
             self._outbox.outbox_failed(item.outbox_id, text, None, delivered=sorted(have))
             self.given_up += 1
+
+
+def _most(errors: Mapping[str, DeliveryError]) -> int:
+    """Attempts that what went wrong is worth."""
+    return LONE_ATTEMPTS if all(error.permanent or error.alone for error in errors.values()) else MAX_ATTEMPTS

@@ -65,8 +65,7 @@ class SpanSink(WebhookSink):
         if isinstance(place, Unplaced):
             self._pass_over(alert, place)
             return
-        if self.post(self.body(alert, place)) == http.client.MULTI_STATUS:  # of several; the only one was rejected
-            raise DeliveryError(f"{self._shown} rejected it (207)", permanent=True)
+        self.post(self.body(alert, place))
 
     def _pass_over(self, alert: Alert, why: Unplaced) -> None:
         self.passed_over[why.reason] += 1
@@ -75,11 +74,10 @@ class SpanSink(WebhookSink):
             said = "%s has nothing to show alert %s on, for it has %s (%d so far)"
             logger.info(said, self.name, alert.alert_id, why.reason, count)
 
-    def refusal(self, code: int) -> DeliveryError:
-        """What an answer that is no 2xx means."""
-        if code in _KEYS_REFUSED:
-            return DeliveryError(f"{self._shown} refused the keys ({code}); see {self.keys}", permanent=True)
-        return super().refusal(code)
+    def _refused(self, code: int) -> DeliveryError:
+        if code in _KEYS_REFUSED:  # a worker that is started with others may still deliver it
+            return DeliveryError(f"{self._shown} refused the keys ({code}); see {self.keys}")
+        return super()._refused(code)
 
     def check(self) -> str:
         """Ask the receiver for something harmless; returns where it is.
@@ -94,7 +92,7 @@ class SpanSink(WebhookSink):
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in _KEYS_REFUSED:
-                raise self.refusal(error.code) from error
+                raise self._refused(error.code) from error
             raise DeliveryError(f"{self._shown} answered {error.code}: it is away, or something else") from error
         except (OSError, http.client.HTTPException) as error:
             raise DeliveryError(f"{self._shown}: {getattr(error, 'reason', None) or type(error).__name__}") from error

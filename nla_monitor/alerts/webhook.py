@@ -89,8 +89,8 @@ class WebhookSink:
         del kind  # the alert's state says it
         self.post(payload(alert, content=self._content, external_url=self._external_url))
 
-    def post(self, body: object) -> int:
-        """Post something as JSON; returns the HTTP status, a 2xx.
+    def post(self, body: object) -> None:
+        """Post something as JSON.
 
         Raises:
             DeliveryError: refused, unreachable or silent for too long.
@@ -98,23 +98,17 @@ class WebhookSink:
         data = json.dumps(body).encode()
         request = urllib.request.Request(self._url, data=data, headers=self._headers, method="POST")  # noqa: S310 -- scheme checked above
         try:
-            with self._opener.open(request, timeout=self._timeout) as answer:
-                return int(answer.status)
+            with self._opener.open(request, timeout=self._timeout):
+                return
         except urllib.error.HTTPError as error:
             error.close()
-            raise self.refusal(error.code) from error
+            raise self._refused(error.code) from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise DeliveryError(f"{self._shown}: {reason or type(error).__name__}") from error
 
-    def refusal(self, code: int) -> DeliveryError:
-        """What an answer that is no 2xx means.
-
-        Args:
-            code: HTTP status.
-        """
-        refused = 300 <= code < 500 and code not in _AGAIN
-        return DeliveryError(f"{self._shown} answered {code}", permanent=refused)
+    def _refused(self, code: int) -> DeliveryError:
+        return DeliveryError(f"{self._shown} answered {code}", permanent=300 <= code < 500 and code not in _AGAIN)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -186,6 +186,7 @@ def check_own_spans(phoenix: Phoenix, episode: Episode, parent: str) -> None:
     eventually(lambda: named().keys() >= OWN, "our spans have come")
     spans = phoenix.spans(episode.project)
     calls = {span["context"]["span_id"]: span for span in spans if span["span_kind"] == "LLM"}
+    assert {span["span_kind"] for span in spans if span["name"] in OWN} == {"EVALUATOR"}
     for span in (span for span in spans if span["name"] in OWN - {"nla_monitor.capture"}):
         if parent == "child":
             assert span["parent_id"] in calls, span["name"]
