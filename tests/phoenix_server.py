@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,12 @@ class Phoenix:
 
     Args:
         folder: for its database and log.
+        settings: further variables of its environment.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
         self._folder = folder
+        self._settings = dict(settings or {})
         self._ports = _free(2)
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"http://127.0.0.1:{self._ports[0]}"
@@ -52,6 +54,7 @@ class Phoenix:
             "PHOENIX_PORT": str(self._ports[0]),
             "PHOENIX_GRPC_PORT": str(self._ports[1]),
             "PHOENIX_TELEMETRY_ENABLED": "false",
+            **self._settings,
         }
         log = self._folder / "log"
         with log.open("ab") as output:
@@ -62,7 +65,7 @@ class Phoenix:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/v1/projects", timeout=2.0).status_code == 200:
+                if httpx.get(f"{self.url}/v1/projects", timeout=2.0).status_code in (200, 401):
                     return
             except httpx.HTTPError:
                 time.sleep(0.3)
@@ -103,10 +106,10 @@ class Phoenix:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Phoenix]:
+def serving(folder: Path, settings: Mapping[str, str] | None = None) -> Iterator[Phoenix]:
     """A server that runs; ended at the end."""
     interpreter()
-    server = Phoenix(folder)
+    server = Phoenix(folder, settings)
     try:
         server.start()
         yield server

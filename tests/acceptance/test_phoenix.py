@@ -24,8 +24,9 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from sqlalchemy import update
 
 from nla_monitor import Alert, Monitor
-from nla_monitor.alerts.sinks import Drained, drain
-from nla_monitor.config import TelemetryConfig
+from nla_monitor.alerts.phoenix import PhoenixSink
+from nla_monitor.alerts.sinks import DeliveryError, Drained, drain
+from nla_monitor.config import TelemetryConfig, load_config
 from nla_monitor.organism import load_target
 from nla_monitor.outlets import sinks_of
 from nla_monitor.store.engine import write
@@ -34,6 +35,7 @@ from nla_monitor.telemetry import Telemetry
 from tests.acceptance.test_langgraph_agent import CONVERSATIONS, PLANTED, RULE, RULES
 from tests.langgraph_kit import Witness, make_chat, make_graph, task_of, turn_config, turn_input
 from tests.phoenix_server import Phoenix, serving
+from tests.store_support import alert, sample
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -197,3 +199,26 @@ def check_own_spans(phoenix: Phoenix, episode: Episode, parent: str) -> None:
     alerts = {alert.alert_id: alert for alert in episode.alerts}
     told = [span for span in spans if span["name"] == "nla_monitor.alert"]
     assert len(told) == len(alerts)
+
+
+def test_a_phoenix_that_asks_for_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The right key is let in and the span is missing; another one, or none, is refused, and neither is shown."""
+    secret = "admin-secret-0123456789-abcdefghijklmnop"  # noqa: S105 -- of this server only
+    asks = {"PHOENIX_ENABLE_AUTH": "true", "PHOENIX_SECRET": secret[::-1] + "9", "PHOENIX_ADMIN_SECRET": secret}
+    with serving(tmp_path, asks) as server:
+        config = load_config({"alerts": {"phoenix": {"endpoint": server.url}}}).alerts.phoenix
+        assert config is not None
+        monkeypatch.setenv("PHOENIX_API_KEY", secret)
+        sink = PhoenixSink(config)
+        assert sink.check() == server.url
+        with pytest.raises(DeliveryError, match="does not have the alert's span yet") as caught:
+            sink.send("fired", alert(sample(1)))
+        assert caught.value.alone
+        for key in ("", "wrong-key"):
+            monkeypatch.setenv("PHOENIX_API_KEY", key)
+            refused = PhoenixSink(config)
+            for ask in (refused.check, lambda sink=refused: sink.send("fired", alert(sample(1)))):  # type: ignore[misc]
+                with pytest.raises(DeliveryError, match=r"refused the keys \(401\)") as caught:
+                    ask()
+                assert not caught.value.alone
+                assert "wrong-key" not in str(caught.value)

@@ -11,6 +11,7 @@ from langchain_core.messages import HumanMessage
 from langchain_huggingface import HuggingFacePipeline
 from nla_monitor_langchain import ChatNLAModel, NLACallbackHandler, watching
 from nla_monitor_langchain.spans import finder
+from nla_monitor_opentelemetry import NLASpanProcessor
 from nla_monitor_opentelemetry.attributes import prompt_text
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
@@ -64,6 +65,15 @@ def test_conversations_at_once(pipe: Any) -> None:
         ids = pipe.tokenizer(calls.prompts[place(sample)])["input_ids"]
         if sample.agent is not None and not sample.agent.generated:
             assert sample.token_id == ids[sample.position]
+
+
+def test_by_the_span_processor(pipe: Any) -> None:
+    """Which is fed by these very spans."""
+    agent, calls = make_agent(HuggingFacePipeline(pipeline=pipe)), Calls()
+    with CaptureMonitor(pipe.model, pipe.tokenizer) as monitor, instrumented(NLASpanProcessor(monitor), calls):
+        at_once(lambda number: converse(agent, number))
+        monitor.runs()
+    check(monitor.samples, calls)
 
 
 def test_the_call_s_span_goes_before_one_around_it(pipe: Any) -> None:
