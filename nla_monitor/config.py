@@ -411,7 +411,7 @@ def _explain(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "secret":
         return f"{key}: {item['msg']}"
-    if key.endswith("_env"):  # perhaps the secret itself, which is not repeated
+    if key.endswith("_env") and item["type"] != "extra_forbidden":  # perhaps the secret itself, which is not repeated
         return f"{key}: must be the name of an environment variable, not what it holds"
     if item["type"] == "model_type":  # a section; what stands there may hold secrets
         return f"{key}: must be a mapping of keys to values"

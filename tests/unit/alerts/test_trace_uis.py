@@ -365,6 +365,7 @@ def test_a_rule_that_names_no_webhook_is_told_to_neither(server: Server, reposit
         ({"phoenix": "http://me:secret-pw@host"}, r"alerts\.phoenix: must be a mapping"),
         ({"phoenix": {"endpoint": "http://host", "timeout_seconds": 0}}, "timeout_seconds"),
         ({"langfuse": {"host": "ftp://host"}}, r"alerts\.langfuse\.host.*http:// or https://"),
+        ({"phoenix": {"endpoint": "http://host", "apikey_env": "X"}}, r"unknown key.*did you mean 'api_key_env'"),
         ({"langfuse": {"hots": "http://host"}}, "did you mean 'host'"),
         ({"langfuse": {"host": "http://host", "secret_key_env": "sk-secret-pw"}}, "name of an environment variable"),
         ({"trackers": {"note": False}}, "did you mean 'notes'"),
