@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 import threading
 import time
@@ -247,3 +248,26 @@ def test_nothing_is_said_of_trackers_that_are_well(guard: Guard, caplog: pytest.
     trackers.log(VALUES, 1)
     assert trackers.close()
     assert not [record for record in caplog.records if record.name.startswith("nla_monitor")]
+
+
+ENDING = """
+import threading, time
+from nla_monitor.guard import Guard
+from nla_monitor.trackers import Trackers
+
+class Run:
+    name, outlives, key = "wandb", True, 1
+    def log(self, values, step):
+        threading.Event().wait()
+
+trackers = Trackers(Guard(), runs=[Run()])
+trackers.log({"nla/sampled": 1.0}, 1)
+trackers.close(0.1)
+"""
+
+
+def test_a_process_ends_though_a_tracker_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STRICT_VARIABLE, "0")
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "wandb was not told everything in time, 1 calls are left" in done.stderr
