@@ -5,6 +5,7 @@ Opt-in: ``PHOENIX_PYTHON=/path/to/python python -m pytest -m slow tests/acceptan
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,10 +25,11 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from sqlalchemy import update
 
 from nla_monitor import Alert, Monitor
-from nla_monitor.alerts.phoenix import PhoenixSink
+from nla_monitor.alerts.phoenix import PhoenixSink, annotation
 from nla_monitor.alerts.sinks import DeliveryError, Drained, drain
 from nla_monitor.config import TelemetryConfig, load_config
 from nla_monitor.organism import load_target
+from nla_monitor.outlet_config import PhoenixConfig
 from nla_monitor.outlets import sinks_of
 from nla_monitor.store.engine import write
 from nla_monitor.store.models import OutboxRow
@@ -174,6 +176,29 @@ def test_the_finding_is_on_the_span_of_the_model_call_and_stays_one(
     eventually(told, "what could not be told while it was down is delivered")
     again = check_findings(phoenix, episode, content=parent == "child")
     assert {one["id"] for one in again} == {one["id"] for one in first}
+    check_hostile(phoenix, episode)
+
+
+def check_hostile(phoenix: Phoenix, episode: Episode) -> None:
+    """Whatever a rule is called and a model says, Phoenix takes it; and gives it back as it was sent."""
+    (shown, *_) = episode.alerts
+    texts = ['"quoted" <b>x</b> [y](z)', "a\nb\x00\x1b[31m", "🙈\ud800", "x" * 10_000]
+    hostile = [
+        dataclasses.replace(shown, alert_id=f"hostile-{n}", rule_id=text, rule_title=text, quote=text, explanation=text)
+        for n, text in enumerate(texts)
+    ]
+    sink = PhoenixSink(PhoenixConfig(endpoint=phoenix.url, content=True))
+    for one in hostile:
+        sink.send("fired", one)
+    assert shown.traceparent is not None
+    found = phoenix.annotations(episode.project, [shown.traceparent.split("-")[2]])
+    given = {one["identifier"]: one for one in found if one["identifier"].startswith("hostile")}
+    for one in hostile:
+        sent = annotation(one, shown.traceparent.split("-")[2], content=True)
+        assert {name: given[one.alert_id][name] for name in ("name", "metadata")} == {
+            name: sent[name] for name in ("name", "metadata")
+        }
+        assert given[one.alert_id]["result"] == sent["result"]
 
 
 def check_own_spans(phoenix: Phoenix, episode: Episode, parent: str) -> None:
