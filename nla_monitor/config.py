@@ -413,8 +413,11 @@ def _explain(item: Any) -> str:
         return f"{key}: {item['msg']}"
     if key.endswith("_env") and item["type"] != "extra_forbidden":  # perhaps the secret itself, which is not repeated
         return f"{key}: must be the name of an environment variable, not what it holds"
-    if item["type"] == "model_type":  # a section; what stands there may hold secrets
+    # Of a section: what stands there may hold secrets, and is not repeated.
+    if item["type"] == "model_type":
         return f"{key}: must be a mapping of keys to values"
+    if item["type"] == "missing":
+        return f"{key}: is required"
     if item["type"] != "extra_forbidden":
         return f"{key} = {item['input']!r}: {item['msg']}"
     section: type[BaseModel] = MonitorConfig

@@ -361,6 +361,7 @@ def test_a_rule_that_names_no_webhook_is_told_to_neither(server: Server, reposit
         ({"phoenix": {"endpoint": "http://host:6006/v1/traces"}}, "without /v1/traces"),
         ({"phoenix": {"endpoint": "http://host", "api_key": "secret-pw"}}, r"unknown key.*api_key_env"),
         ({"phoenix": {"endpoint": "http://host", "api_key_env": "sk-secret-pw"}}, "name of an environment variable"),
+        ({"phoenix": {"api_key": "secret-pw"}}, r"alerts\.phoenix\.endpoint: is required"),
         ({"phoenix": {}}, r"alerts\.phoenix\.endpoint.*[Rr]equired"),
         ({"phoenix": "http://me:secret-pw@host"}, r"alerts\.phoenix: must be a mapping"),
         ({"phoenix": {"endpoint": "http://host", "timeout_seconds": 0}}, "timeout_seconds"),
