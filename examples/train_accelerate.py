@@ -1,4 +1,4 @@
-"""A loop of one's own under accelerate: the monitor is told the steps, the run's tracker gets the figures.
+"""A loop of one's own under accelerate: the monitor is told the steps, the run's tracker gets figures and notes.
 
 python examples/train_accelerate.py
 """
@@ -15,6 +15,8 @@ from transformers import BatchEncoding
 
 from nla_monitor import Monitor
 from nla_monitor.organism import keyed_rng, load_target, make_transcript
+from nla_monitor.tracker_runs import TensorboardRun
+from nla_monitor.trackers import Trackers
 
 STEPS, BATCH = 5, 8
 
@@ -39,6 +41,9 @@ def main() -> None:
 
     # Here the reading runs in a thread of this process; leave worker out, and it is a process of its own.
     monitor = Monitor(database=str(folder / "monitor.db"), worker="thread", capture={"tokens_per_sequence": 2})
+    # An alert leaves a note where people look at the run; W&B, MLflow and Trackio are found without being named.
+    notes = Trackers(monitor.guard, runs=[TensorboardRun(accelerator.get_tracker("tensorboard", unwrap=True))])
+    notes.watch(monitor)
     with monitor.attach(model, tokenizer):
         for step, batch in enumerate(loader, 1):
             monitor.step(step)
@@ -52,6 +57,7 @@ def main() -> None:
         figures = monitor.scalars()
         alerts = monitor.alerts()
         accelerator.log(figures, step=STEPS)
+    notes.close()
     accelerator.end_training()
 
     print(", ".join(f"{name} {value:g}" for name, value in figures.items() if "/matches/" not in name))

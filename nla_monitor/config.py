@@ -9,13 +9,12 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
-from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from nla_monitor.errors import ConfigError
+from nla_monitor.outlet_config import LangfuseConfig, PhoenixConfig, Section, TrackerConfig, checked_url
 from nla_monitor.records import Phase, Severity
 
 Dialect = Literal["auto", "replace", "add", "depth", "oracle"]
@@ -27,26 +26,7 @@ SourceKind = Literal["replay", "vllm_files", "vllm_replica"]
 RoleTrigger = Literal["turn_end", "assistant", "tool_call", "tool_result", "final_answer"]
 
 
-class _Section(BaseModel):
-    # What a validation error quotes may be a URL with a token, and a traceback shows the error that ours comes from.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-
-def _checked_url(value: str) -> str:
-    """An http(s) URL with a host and nothing secret in it (configs are stored and shown), without a final slash."""
-    try:
-        parts = urlsplit(value)
-        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ValueError("must be an http:// or https:// URL with a host")
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise PydanticCustomError("secret", "must hold no user, password or query; use api_key_env")
-    return value.rstrip("/")
-
-
-class NLAConfig(_Section):
+class NLAConfig(Section):
     """Which AV and AR read the activations."""
 
     av: str = Field("organism:planted/av", description="AV checkpoint folder, hub id, or organism:<variant>/av")
@@ -92,7 +72,7 @@ class NLAConfig(_Section):
     @field_validator("url")
     @classmethod
     def _plain_url(cls, value: str | None) -> str | None:
-        return None if value is None else _checked_url(value)
+        return None if value is None else checked_url(value)
 
     @model_validator(mode="after")
     def _servers_have_a_url(self) -> NLAConfig:
@@ -103,7 +83,7 @@ class NLAConfig(_Section):
         return self
 
 
-class BurstConfig(_Section):
+class BurstConfig(Section):
     """A closer look after an alert."""
 
     steps: int = Field(
@@ -115,7 +95,7 @@ class BurstConfig(_Section):
     factor: int = Field(4, ge=2, le=64, description="times the sequences, the random positions and the triggers")
 
 
-class ScreenConfig(_Section):
+class ScreenConfig(Section):
     """A number that is measured of every sampled vector where it is, before anything is copied."""
 
     name: str = Field(pattern="^[a-z][a-z0-9_]*$", description="as in rules: screen.<name>")
@@ -134,7 +114,7 @@ class ScreenConfig(_Section):
         return self
 
 
-class CaptureConfig(_Section):
+class CaptureConfig(Section):
     """What is sampled, and how much. All limits are of one process: of one rank in distributed training."""
 
     layer: int | None = Field(None, ge=0, description="K, output of decoder block K; default: the AV sidecar's")
@@ -228,7 +208,7 @@ class CaptureConfig(_Section):
         return self
 
 
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """Whence the activations of model calls that are answered elsewhere, for ``Monitor.attach_source()``."""
 
     kind: SourceKind = Field(
@@ -269,7 +249,7 @@ class SourceConfig(_Section):
     @field_validator("url")
     @classmethod
     def _plain_url(cls, value: str | None) -> str | None:
-        return None if value is None else _checked_url(value)
+        return None if value is None else checked_url(value)
 
     @model_validator(mode="after")
     def _each_kind_has_its_keys(self) -> SourceConfig:
@@ -284,17 +264,12 @@ class SourceConfig(_Section):
         return self
 
 
-class QueueConfig(_Section):
+class QueueConfig(Section):
     """The bounded hand-over between the host's thread and the database."""
 
     max_samples: int = Field(8192, ge=1, description="samples in memory; the oldest are dropped and counted beyond it")
     write_batch: int = Field(256, ge=1)
-    write_interval_seconds: float = Field(
-        1.0,
-        gt=0,
-        description="what waits is written so often; more often costs the host more, less often keeps more in memory, "
-        "where a host that is killed loses it",
-    )
+    write_interval_seconds: float = Field(0.2, gt=0)
     priority_seconds: float = Field(
         3600.0,
         ge=0,
@@ -303,7 +278,7 @@ class QueueConfig(_Section):
     )
 
 
-class WorkerConfig(_Section):
+class WorkerConfig(Section):
     """Who verbalizes."""
 
     mode: WorkerMode = "process"
@@ -317,7 +292,7 @@ SECRET_OUTLETS: Final[set[str]] = {"webhook", "alertmanager", "notify"}
 """Keys of ``alerts`` that may hold tokens: never stored with a run, and never said."""
 
 
-class AlertConfig(_Section):
+class AlertConfig(Section):
     """What alerts may do."""
 
     stop_on: Severity | None = Field(None, description="stop training at an alert of this severity or above")
@@ -331,6 +306,9 @@ class AlertConfig(_Section):
     notify: tuple[str, ...] = Field(
         (), description="Apprise URLs (slack://, pagerduty://, mailtos://, discord:// and the like) that get alerts"
     )
+    phoenix: PhoenixConfig | None = Field(None, description="Phoenix, whose spans are annotated with findings")
+    langfuse: LangfuseConfig | None = Field(None, description="Langfuse, whose observations get findings as scores")
+    trackers: TrackerConfig = Field(default_factory=TrackerConfig)
     stale_seconds: float = Field(
         14_400.0,
         ge=60.0,
@@ -344,14 +322,14 @@ class AlertConfig(_Section):
         return (value,) if isinstance(value, str) else value
 
 
-class TelemetryConfig(_Section):
+class TelemetryConfig(Section):
     """OpenTelemetry behaviour."""
 
     enabled: bool = True
     parent: Literal["link", "child"] = Field("link", description="how late spans relate to their source")
 
 
-class MonitorConfig(_Section):
+class MonitorConfig(Section):
     """Everything, as one frozen object."""
 
     database: str = Field("sqlite:///nla-monitor.db", description="SQLAlchemy URL, or a path of an SQLite file")
@@ -448,6 +426,13 @@ def _explain(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "secret":
         return f"{key}: {item['msg']}"
+    if key.endswith("_env") and item["type"] != "extra_forbidden":  # perhaps the secret itself, which is not repeated
+        return f"{key}: must be the name of an environment variable, not what it holds"
+    # Of a section: what stands there may hold secrets, and is not repeated.
+    if item["type"] == "model_type":
+        return f"{key}: must be a mapping of keys to values"
+    if item["type"] == "missing":
+        return f"{key}: is required"
     if item["type"] != "extra_forbidden":
         return f"{key}: {item['msg']}" if _is_secret(item["loc"]) else f"{key} = {item['input']!r}: {item['msg']}"
     section: type[BaseModel] = MonitorConfig

@@ -114,7 +114,8 @@ class Monitor:
         alerts = self.config.alerts
         headers = load_rules(self.config.rules).headers
         self._responses = Responses(headers, log=alerts.log, stop_on=alerts.stop_on)
-        sinks_of(self.config)
+        if self.config.worker.mode != "external":  # whose machine has the keys and extras that they need
+            sinks_of(self.config)
         engine = open_engine(self.config.database, in_process=self.config.worker.mode == "thread")
         prepare(engine)
         self._engine = engine

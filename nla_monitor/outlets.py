@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from nla_monitor.alerts.alertmanager import RESEND, AlertmanagerSink
+from nla_monitor.alerts.langfuse import LangfuseSink
 from nla_monitor.alerts.notify import AppriseSink
+from nla_monitor.alerts.phoenix import PhoenixSink
 from nla_monitor.alerts.sinks import DeliveryError, LogSink, Sink, WebhookSink, may_tell
 from nla_monitor.config import MonitorConfig
 from nla_monitor.records import Alert, AlertState
@@ -25,7 +27,7 @@ def sinks_of(config: MonitorConfig) -> list[Sink]:
     """The sinks that a config names.
 
     Raises:
-        ConfigError: a URL is none, or of a service that nobody knows.
+        ConfigError: a URL is none, or of a service that nobody knows; a key is not in the environment.
         MissingExtraError: ``alerts.notify`` is used without the extra ``notify``.
     """
     alerts = config.alerts
@@ -34,6 +36,10 @@ def sinks_of(config: MonitorConfig) -> list[Sink]:
         sinks.append(WebhookSink(alerts.webhook))
     sinks += [AlertmanagerSink(url, number=number) for number, url in enumerate(alerts.alertmanager)]
     sinks += [AppriseSink(url, number=number) for number, url in enumerate(alerts.notify)]
+    if alerts.phoenix is not None:
+        sinks.append(PhoenixSink(alerts.phoenix))
+    if alerts.langfuse is not None:
+        sinks.append(LangfuseSink(alerts.langfuse))
     return sinks
 
 

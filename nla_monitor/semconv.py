@@ -38,6 +38,10 @@ EVALUATION_LABEL: Final = "gen_ai.evaluation.score.label"
 EVALUATION_EXPLANATION: Final = "gen_ai.evaluation.explanation"
 ERROR_TYPE: Final = "error.type"
 
+# OpenInference (semantic conventions 0.1.42), by which Phoenix sorts spans; it knows no kind for our operations
+OPENINFERENCE_KIND: Final = "openinference.span.kind"
+KIND_EVALUATOR: Final = "EVALUATOR"
+
 # Attributes
 ATTR_RUN: Final = "nla_monitor.run.id"
 ATTR_SAMPLE: Final = "nla_monitor.sample.id"

@@ -1,97 +1,143 @@
-"""Scalars into the trackers that a run has open: W&B, MLflow, Trackio, TensorBoard.
+"""Figures of the run, and notes of its alerts, into the trackers that the training has open.
 
 For hosts whose own logging cannot be joined. transformers' ``Trainer`` is one: its trackers are callbacks that stand
-before the user's, so that what a callback adds to ``logs`` comes too late for them. A tracker that the host has not
-imported is never imported here, and a run that the host has not opened is never opened. W&B and Trackio queue on
-threads of their own; MLflow is asked to; TensorBoard writes behind a queue, to a local file.
+before the user's, so that what a callback adds to ``logs`` comes too late for them. In a loop of one's own::
+
+    trackers = Trackers(monitor.guard)
+    trackers.watch(monitor)
+    ...
+    trackers.log(monitor.scalars(), step)  # every so many steps
+    ...
+    monitor.close()
+    trackers.close()
 """
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Protocol
 
+from nla_monitor.config import MonitorConfig
 from nla_monitor.guard import Guard
+from nla_monitor.records import Alert
+from nla_monitor.tracker_lanes import Lane
+from nla_monitor.tracker_runs import Note, OpenRun, TensorboardRun, open_runs
 
 STEP_KEY: Final = "nla/step"
+PATIENCE: Final = 0.25
+"""Seconds that a training waits for a tracker that does not answer, once; most take a millisecond."""
+CLOSE_SECONDS: Final = 10.0
+_EARLY: Final = 100
+"""Notes that are kept until a run is open, the newest."""
+
+
+class _Watched(Protocol):
+    """What is needed of a ``Monitor``."""
+
+    @property
+    def config(self) -> MonitorConfig: ...
+    def on_alert(self, listener: Callable[[Alert], None]) -> None: ...
 
 
 class Trackers:
-    """Logs to whichever tracker has a run open at that moment.
+    """Tells whichever trackers have a run open.
+
+    Each tracker has a thread of its own. One that hangs costs the training ``PATIENCE`` once, and is told nothing more
+    after a while; what it missed is counted under ``tracker.<name>`` in ``monitor.stats.faults``.
 
     Args:
         guard: takes what a tracker raises: one that is broken harms neither the host nor the others.
         step_key: the name under which the step is logged beside the values, for trackers that count steps themselves.
-        tensorboard: folder of the host's TensorBoard run; values go to ``nla`` inside it, a run beside the host's.
-            (Two writers in one folder would make TensorBoard lose sight of the older file.)
+        tensorboard: folder of the host's TensorBoard run; what is ours goes to ``nla`` inside it, a run beside the
+            host's.
+        runs: open runs that nobody could find; given any, none are looked for.
     """
 
-    def __init__(self, guard: Guard, *, step_key: str = STEP_KEY, tensorboard: Path | None = None) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        *,
+        step_key: str = STEP_KEY,
+        tensorboard: Path | None = None,
+        runs: Iterable[OpenRun] | None = None,
+    ) -> None:
         self._guard = guard
         self._step_key = step_key
-        self._tensorboard = tensorboard
-        self._writer: Any = None
-        self._mlflow_run: str | None = None
+        self._runs: Mapping[str, OpenRun] = {run.name: run for run in runs or ()}
+        self._looks = runs is None
+        self._own = None if tensorboard is None else TensorboardRun(tensorboard / "nla")
+        if self._own is not None:
+            self._runs = {**self._runs, self._own.name: self._own}
+        self._lanes: dict[str, Lane] = {}
+        self._early: deque[Note] = deque(maxlen=_EARLY)
+        self._closed = False
+        self.look()
+
+    def look(self) -> None:
+        """See which runs are open; call it in the thread that trains."""
+        if self._looks:
+            with self._guard("tracker.look"):
+                self._see({run.name: run for run in open_runs(self._step_key)})
+        while self._runs and self._early:
+            self._tell(self._early.popleft())
+
+    def _see(self, found: Mapping[str, OpenRun]) -> None:
+        kept = {name: run for name, run in self._runs.items() if run.outlives or name in found}
+        new = {name: run for name, run in found.items() if name not in kept or kept[name].key != run.key}
+        self._runs = kept | new  # one assignment: a note comes in another thread
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log ``values`` at ``step``; call it in the thread that runs the training."""
-        if not values:
+        self.look()
+        if not values or self._closed:
             return
-        for name, log in (
-            ("wandb", self._wandb),
-            ("mlflow", self._mlflow),
-            ("trackio", self._trackio),
-            ("tensorboard", self._to_tensorboard),
-        ):
-            with self._guard(f"tracker.{name}"):
-                log(values, step)
+        for run in list(self._runs.values()):
+            self._lane(run).put(lambda run=run: run.log(values, step), patience=PATIENCE)  # type: ignore[misc]
 
-    def close(self) -> None:
-        """Write what is buffered here; the host's own runs stay open."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with self._guard("tracker.tensorboard"):
-                writer.close()
+    def watch(self, monitor: _Watched) -> None:
+        """Leave a note for each alert of a monitor, as its config says (``alerts.trackers``)."""
+        wanted = monitor.config.alerts.trackers
+        if wanted.notes:
+            monitor.on_alert(lambda alert: self.note(alert, content=wanted.content))
 
-    def _wandb(self, values: Mapping[str, float], step: int) -> None:
-        run = getattr(sys.modules.get("wandb"), "run", None)
-        if run is not None:
-            run.log({**values, self._step_key: step})
+    def note(self, alert: Alert, *, content: bool = False) -> None:
+        """Leave a note; from any thread, and without waiting for anything.
 
-    def _mlflow(self, values: Mapping[str, float], step: int) -> None:
-        mlflow = sys.modules.get("mlflow")
-        if mlflow is None:
+        Args:
+            alert: that has fired or resolved.
+            content: also write quote and explanation.
+        """
+        if self._closed:
             return
-        active = mlflow.active_run()
-        # The trainer ends its run before the last values are known; the client can still write to it by its id.
-        self._mlflow_run = active.info.run_id if active is not None else self._mlflow_run
-        if self._mlflow_run is None:
-            return
-        now = int(time.time() * 1000)
-        metrics = [mlflow.entities.Metric(name, value, now, step) for name, value in values.items()]
-        mlflow.MlflowClient().log_batch(self._mlflow_run, metrics=metrics, synchronous=False)
+        note = Note(alert, content)
+        if self._runs:
+            self._tell(note)
+        else:
+            self._early.append(note)
 
-    def _trackio(self, values: Mapping[str, float], step: int) -> None:
-        trackio = sys.modules.get("trackio")
-        if trackio is not None and trackio.context_vars.current_run.get() is not None:
-            trackio.log({**values, self._step_key: step})
+    def _tell(self, note: Note) -> None:
+        for run in list(self._runs.values()):
+            self._lane(run).put(lambda run=run: run.note(note))  # type: ignore[misc]
 
-    def _to_tensorboard(self, values: Mapping[str, float], step: int) -> None:
-        if self._tensorboard is None:
-            return
-        if self._writer is None:
-            self._writer = _writer(self._tensorboard / "nla")
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+    def _lane(self, run: OpenRun) -> Lane:
+        return self._lanes.setdefault(run.name, Lane(run.name, self._guard))
 
+    def close(self, timeout: float = CLOSE_SECONDS) -> bool:
+        """Wait until the trackers have what they were told; the host's own runs stay open.
 
-def _writer(folder: Path) -> Any:
-    # What the host itself uses: transformers falls back to tensorboardX where tensorboard is missing.
-    found = "torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX"
-    # Its own thread writes; an explicit flush would make the training wait for the disk.
-    return import_module(found).SummaryWriter(log_dir=str(folder), flush_secs=10)
+        Args:
+            timeout: seconds, for all of them together.
+
+        Returns:
+            Whether they have it.
+        """
+        self.look()
+        self._closed = True
+        if self._own is not None:
+            self._lane(self._own).put(self._own.close)
+        deadline = time.monotonic() + timeout
+        told = [lane.close(deadline) for lane in self._lanes.values()]
+        return all(told)

@@ -14,11 +14,13 @@ class DeliveryError(NLAMonitorError):
     Args:
         message: what happened, without secrets.
         permanent: trying again would not help (the receiver refused it).
+        alone: only this item has to wait; the receiver is well and can be given others.
     """
 
-    def __init__(self, message: str, *, permanent: bool = False) -> None:
+    def __init__(self, message: str, *, permanent: bool = False, alone: bool = False) -> None:
         super().__init__(message)
         self.permanent = permanent
+        self.alone = alone
 
 
 class Sink(Protocol):

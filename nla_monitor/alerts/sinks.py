@@ -20,10 +20,13 @@ CLAIM_SECONDS: Final = 120.0
 """How long a claimed item is hidden from other workers; longer than all sinks together may take for one."""
 FIRST_DELAY: Final = 2.0
 LONGEST_DELAY: Final = 600.0
-_NAMED_SINKS: Final = {"log": "log", "webhook": "webhook", "alertmanager": "webhook", "notify": "webhook"}
+_LEAVING: Final = ("webhook", "alertmanager", "notify", "phoenix", "langfuse")
+_NAMED_SINKS: Final = {"log": "log"} | dict.fromkeys(_LEAVING, "webhook")
 """Sinks that a rule's ``response`` may name, by the start of their name: all that leave the machine are ``webhook``."""
 MAX_ATTEMPTS: Final = 12
 """Over an hour of retries with the delays above."""
+LONE_ATTEMPTS: Final = 9
+"""Where only the item itself has to wait (see ``DeliveryError.alone``): eight and a half minutes."""
 LONGEST_WAIT: Final = 86_400.0
 """Seconds after which a message that a sink still lacks is given up, tried or not: what bounds the outbox."""
 
@@ -126,13 +129,14 @@ def drain(
 
     A sink that fails is not asked again in this pass, so that a dead receiver costs one timeout, not one per alert. Its
     items come back after ``FIRST_DELAY * 2 ** attempts`` seconds (at most ``LONGEST_DELAY``), ``MAX_ATTEMPTS`` times
-    and for ``LONGEST_WAIT`` seconds at most.
+    (``LONE_ATTEMPTS`` where the receiver is well and only the item has to wait) and for ``LONGEST_WAIT`` seconds at
+    most.
 
     Args:
         outbox: what is to be told.
         sinks: whom to tell.
         responses: by rule id, what its alerts may set off. A rule that names responses reaches the sinks called ``log``
-            and ``webhook`` (Alertmanagers and notifications count as such) only if it names them; sinks of another
+            and ``webhook`` (whatever leaves the machine counts as such) only if it names them; sinks of another
             name are the host's own and always hear.
         limit: items in one pass.
         clock: Unix seconds.
@@ -208,13 +212,13 @@ class _Pass:
         now = self._clock()
         again = now + min(FIRST_DELAY * 2**item.attempts, LONGEST_DELAY)
         transient = [name for name, error in errors.items() if not error.permanent]
-        self._down |= dict.fromkeys(transient, again)
+        self._down |= {name: again for name in transient if not errors[name].alone}
         text = "; ".join(f"{name}: {error}" for name, error in errors.items()) or item.error
         in_time = now - item.created_at < LONGEST_WAIT
         if not errors and not waiting:
             self._outbox.outbox_done(item.outbox_id)
             self.delivered += 1
-        elif in_time and (waiting or (transient and item.attempts + 1 < MAX_ATTEMPTS)):
+        elif in_time and (waiting or (transient and item.attempts + 1 < _most(errors))):
             retry_at = max([again, *self._down.values()]) if errors else max(self._down.values())
             self._outbox.outbox_failed(
                 item.outbox_id,
@@ -224,15 +228,16 @@ class _Pass:
                 attempted=bool(errors),
             )
             self.delayed += 1
-            if errors and not item.attempts:
-                logger.warning(
-                    "alert %s (%s) is not delivered yet, trying on: %s", item.alert.alert_id, item.kind, text
-                )
         else:
             text = text or f"put off for too long: {', '.join(self._down)} failed"
             logger.error("alert %s (%s) was not delivered and is given up: %s", item.alert.alert_id, item.kind, text)
             self._outbox.outbox_failed(item.outbox_id, text, None, delivered=sorted(have))
             self.given_up += 1
+
+
+def _most(errors: Mapping[str, DeliveryError]) -> int:
+    """Attempts that what went wrong is worth."""
+    return LONE_ATTEMPTS if all(error.permanent or error.alone for error in errors.values()) else MAX_ATTEMPTS
 
 
 def _given(sink: Sink, item: _Item) -> DeliveryError | None:

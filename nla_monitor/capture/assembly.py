@@ -329,7 +329,7 @@ class Assembler:
             context=context,
             role=_ROLES.get(row[sampling.COMPLETION], "prompt" if session is not None else None),
             inclusion_probability=_probability(draw, job, row),
-            traceparent=session.traceparent if session is not None else None,
+            traceparent=session.trace() if session is not None else None,
             agent=_agent(session, job.generated, row[sampling.POSITION]),
             attributes=attributes,
             model=origin.model,

@@ -47,6 +47,7 @@ class SessionHandle:
     """The agent's run that the call is part of, shared by its calls."""
     closer: bool = False
     """A match in this run had been found when the call began: it is sampled more densely."""
+    _span: Callable[[], str | None] | None = None
     _outline: Callable[[], Sequence[MessageSpan]] | None = None
     _spans: Sequence[MessageSpan] | None = None
 
@@ -56,6 +57,22 @@ class SessionHandle:
         Called at most once, on the capture's own thread, when the first sample of the session is built.
         """
         self._outline = outline
+
+    def traced(self, find: Callable[[], str | None]) -> None:
+        """How to find the trace context of the call's own span, which may begin after the session, and end before it.
+
+        Asked when a sample is built and when the session is closed, on either thread, until it tells; it must not
+        raise. Until then ``traceparent`` is what was known at the start.
+        """
+        self._span = find
+
+    def trace(self) -> str | None:
+        """W3C trace context of the call's span, as far as it is known."""
+        find = self._span
+        found = None if find is None else find()
+        if found is not None:
+            self.traceparent, self._span = found, None
+        return self.traceparent
 
     def forget(self) -> None:
         """Its prompt is needed no more: samples that are still built of it name no message."""
@@ -190,6 +207,7 @@ class SessionRegistry:
 
     def close(self, handle: SessionHandle) -> None:
         """The call has ended; closing twice is harmless. Samples still under way keep the session."""
+        handle.trace()
         with self._lock:
             if self._open.pop(id(handle), None) is not None:
                 self._retire(handle)

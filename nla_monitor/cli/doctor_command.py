@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from nla_monitor.alerts.span_sink import SpanSink
     from nla_monitor.nla.sidecar import Sidecar
 
 Verdict = Literal["ok", "note", "problem"]
@@ -111,6 +113,7 @@ def _examine(
     yield device
     yield _guarded("database", lambda: _database(settings.database))
     yield _guarded("rules", lambda: _rules(settings.rules))
+    yield from _outlets(settings)
     sidecars = [_sidecar("av", settings.nla.av, settings.nla)]
     if settings.nla.ar is not None:
         sidecars.append(_sidecar("ar", settings.nla.ar, settings.nla))
@@ -229,6 +232,26 @@ def _rules(names: tuple[str, ...]) -> Result:
     rules = load_rules(names)
     rules.verify()
     return Result("rules", "ok", f"{len(rules)} rules from {', '.join(names)}, their own tests pass")
+
+
+def _outlets(settings: MonitorConfig) -> Iterator[Result]:
+    """Where alerts go: whether each can be made, and whether the trace UIs answer. Nothing is sent."""
+    from nla_monitor.alerts.span_sink import SpanSink
+    from nla_monitor.outlets import sinks_of
+
+    try:
+        sinks = sinks_of(settings)
+    except NLAMonitorError as error:
+        yield Result("alerts", "problem", str(error))
+        return
+    yield Result("alerts", "ok", f"go to {', '.join(sink.name for sink in sinks)}")
+    for sink in sinks:
+        if isinstance(sink, SpanSink):
+            yield _guarded(f"alerts.{sink.name}", partial(_answers, sink))
+
+
+def _answers(sink: SpanSink) -> Result:
+    return Result(f"alerts.{sink.name}", "ok", f"{sink.check()} answers and takes the keys")
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------

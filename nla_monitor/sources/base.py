@@ -68,6 +68,12 @@ class Call:
         if self.tapped is not None:
             self.tapped.describe(outline)
 
+    def traced(self, find: Callable[[], str | None]) -> None:
+        """See ``SessionHandle.traced``."""
+        self.session.traced(find)
+        if self.tapped is not None:
+            self.tapped.traced(find)
+
     @property
     def forwards(self) -> int | None:
         """Passes that were read of it; None while that is not known."""

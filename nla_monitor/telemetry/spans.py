@@ -80,6 +80,7 @@ class Spans:
             everything = {
                 semconv.GEN_AI_OPERATION: operation,
                 semconv.GEN_AI_PROVIDER: _PROVIDER,
+                semconv.OPENINFERENCE_KIND: semconv.KIND_EVALUATOR,
                 semconv.ATTR_BATCH_SOURCES: len(sources),
                 **attributes,
             }

@@ -15,7 +15,9 @@ from transformers import DataCollatorForSeq2Seq
 from nla_monitor import Monitor, Phase
 from nla_monitor.errors import AttachError
 from nla_monitor.guard import STRICT_VARIABLE
+from nla_monitor.tracker_runs import Note
 from tests.integration import trainers_kit as kit
+from tests.store_support import alert, sample
 
 lightning = pytest.importorskip("lightning.pytorch", reason="the extra lightning is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -101,6 +103,38 @@ def test_accumulated_batches_share_their_step(tmp_path: Path) -> None:
     assert steps == dict.fromkeys(range(1, kit.STEPS + 1), 4 * kit.BATCH)
 
 
+def test_an_alert_is_noted_at_the_run_of_the_logger(tmp_path: Path) -> None:
+    """While the training goes on, in the logger's own run."""
+    watch, one = callback(tmp_path), alert(sample(1))
+
+    class Alarm(lightning.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            for listener in watch.monitor._alerts.listeners:
+                listener(one)
+
+    fit(tmp_path, [watch, Alarm()])
+    assert texts_of(tmp_path / "run") == {f"nla/alerts/{one.rule_id}/text_summary"}
+    assert "nla/sampled" in scalars_of(tmp_path / "run")
+
+
+def test_loggers_of_lightning_lead_to_their_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
+    from nla_monitor_lightning.callback import runs_of
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri, one = (tmp_path / "mlruns").as_uri(), alert(sample(1))
+    board, flow = TensorBoardLogger(str(tmp_path), name="run", version=""), MLFlowLogger(tracking_uri=uri)
+    runs = runs_of([board, flow, CSVLogger(str(tmp_path))])
+    assert [run.name for run in runs] == ["tensorboard", "mlflow"]
+    for run in runs:
+        run.note(Note(one, content=False))
+    board.finalize("success")
+    assert texts_of(tmp_path / "run") == {f"nla/alerts/{one.rule_id}/text_summary"}
+    tags = mlflow.MlflowClient(uri).get_run(flow.run_id).data.tags
+    assert tags[f"nla.alert.{one.rule_id}"].startswith("firing: [high] Plans to hack")
+
+
 def test_a_training_that_breaks_leaves_what_was_read(tmp_path: Path) -> None:
     """The user's exception is raised as it is; the samples until then are stored, the tap is off."""
     watch = callback(tmp_path)
@@ -140,6 +174,15 @@ def test_stops_when_an_alert_asks_for_it(tmp_path: Path, monkeypatch: pytest.Mon
 
 class _StopAlert:
     alert_id, rule_id = "an alert", "a rule"
+
+
+def texts_of(folder: Path) -> set[str]:
+    """Names of the texts in the event files of a TensorBoard run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {name for name in events.Tags()["tensors"] if name.startswith("nla/")}
 
 
 def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:

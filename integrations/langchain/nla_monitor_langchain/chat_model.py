@@ -26,6 +26,7 @@ from nla_monitor_langchain.extract import CHAT_NLA_TYPE, Encoded, chat_text, fin
 from nla_monitor_langchain.generation import GumbelSampler, StopOnText, TextThread, cut_at_stop, hold_back, prompt_seed
 from nla_monitor_langchain.handler import last_started
 from nla_monitor_langchain.outline import Outliner
+from nla_monitor_langchain.spans import current_traceparent, finder
 from nla_monitor_langchain.tracker import ModelCall, Prompt, tracker_for, trackers
 
 
@@ -233,7 +234,8 @@ class ChatNLAModel(BaseChatModel):
             claims = [stack.enter_context(tracker.claim(run_id, key, hint, prompt)) for tracker in trackers()]
             if self.monitor is not None and not any(claims):
                 context = AgentContext(run_id or uuid7(), _parent(run_manager), _parent(run_manager) or run_id)
-                call = ModelCall(context, CHAT_NLA_TYPE)
+                span = finder(run_manager.run_id) if run_manager else None
+                call = ModelCall(context, CHAT_NLA_TYPE, current_traceparent(), span=span)
                 claims.append(stack.enter_context(tracker_for(self.monitor).session(call, prompt)))
 
             def tell(written: list[int]) -> None:

@@ -6,7 +6,7 @@ the model's forward pass by the monitor; nothing here waits on anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -16,20 +16,19 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables import ensure_config
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from nla_monitor.agent_calls import AgentMonitor
 from nla_monitor.guard import strict
 from nla_monitor.records import AgentContext, Scalar
 from nla_monitor_langchain.extract import CHAT_NLA_TYPE, PromptEncoder, fingerprint, prompt_encoder
 from nla_monitor_langchain.lineage import Run, ToolResult, flat_text, result_needles, sequence_step, tool_of_messages
+from nla_monitor_langchain.spans import current_traceparent, finder
 from nla_monitor_langchain.tracker import ModelCall, Prompt, TrackerStats, tracker_for
 from nla_monitor_langchain.visible import tell_answer, tell_messages, tell_text
 
 last_started: ContextVar[str | None] = ContextVar("nla_monitor_langchain_last_started", default=None)
 """Run id of the chat model call started last in this context: LangChain passes no run id to ``_stream``."""
 
-_PROPAGATOR = TraceContextTextMapPropagator()
 
 _CONVERSATION_KEYS = ("thread_id", "conversation_id", "session_id")
 
@@ -101,7 +100,7 @@ class NLACallbackHandler(BaseCallbackHandler):
             if self._tracker.is_open(str(run_id)):
                 return
             run, model_type = self._run(run_id, parent_run_id, tags), str(params.get("_type", ""))
-            call = self._call(run, metadata, model_type, "\n".join(prompts))
+            call = self._call(run, metadata, model_type, "\n".join(prompts), span=finder(run_id))
             tell_text(self._monitor, call.context, "\n".join(prompts))
             encoder = self._encoder_for(call.model_type, chat=False)
             if encoder is not None:
@@ -127,7 +126,7 @@ class NLACallbackHandler(BaseCallbackHandler):
             flat = [message for conversation in messages for message in conversation]
             run, model_type = self._run(run_id, parent_run_id, tags), str(params.get("_type", ""))
             read, key = tool_of_messages(flat), fingerprint(flat)
-            call = self._call(run, metadata, model_type, flat_text(flat), read=read, key=key)
+            call = self._call(run, metadata, model_type, flat_text(flat), read=read, key=key, span=finder(run_id))
             tell_messages(self._monitor, call.context, flat)
             if call.model_type == CHAT_NLA_TYPE:
                 last_started.set(str(run_id))
@@ -249,6 +248,7 @@ class NLACallbackHandler(BaseCallbackHandler):
         *,
         read: tuple[str | None, str | None] = (None, None),
         key: str | None = None,
+        span: Callable[[], str | None] | None = None,
     ) -> ModelCall:
         reads = tuple(self._tracker.results_read(run, prompt))
         known = metadata or {}
@@ -263,7 +263,7 @@ class NLACallbackHandler(BaseCallbackHandler):
             node=_text(known.get("langgraph_node")),
             conversation_id=conversation_of(known) or conversation_of(ensure_config().get("configurable") or {}),
         )
-        return ModelCall(context, model_type, current_traceparent(), _attributes(model_type, reads), reads, key)
+        return ModelCall(context, model_type, current_traceparent(), _attributes(model_type, reads), reads, key, span)
 
     def _encoder_for(self, model_type: str, *, chat: bool) -> PromptEncoder | None:
         encoder = self._encoder or self._monitor_encoder()
@@ -301,13 +301,6 @@ def written_calls(response: LLMResult) -> list[str]:
 def _chat_prompt(encoder: PromptEncoder, messages: Sequence[BaseMessage], params: Mapping[str, Any]) -> Prompt:
     ids, text = encoder.encode_messages(messages, params)
     return Prompt(ids, text, partial(encoder.outliner.spans, tuple(messages), text, ids))
-
-
-def current_traceparent() -> str | None:
-    """W3C trace context of the current span, or None. Read only: attaching one in a callback breaks other tracers."""
-    carrier: dict[str, str] = {}
-    _PROPAGATOR.inject(carrier)
-    return carrier.get("traceparent")
 
 
 def conversation_of(values: Mapping[str, Any]) -> str | None:

@@ -63,6 +63,8 @@ class ModelCall:
     reads: tuple[ToolResult, ...] = ()
     fingerprint: str | None = None
     """Hash of the messages, by which ``ChatNLAModel`` finds its call where LangChain passes no run id."""
+    span: Callable[[], str | None] | None = None
+    """Finds the trace context of the call's own span while it goes on; ``traceparent`` is the ambient one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +371,9 @@ class Tracker:
         describe = getattr(handle, "describe", None)
         if prompt.outline is not None and describe is not None:
             describe(self._guarded(prompt.outline))
+        traced = getattr(handle, "traced", None)
+        if call.span is not None and traced is not None:
+            traced(call.span)
         with self._lock:
             self._counts["sessions"] += 1
             entry.handles.append(handle)

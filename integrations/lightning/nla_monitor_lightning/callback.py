@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from nla_monitor.config import MonitorConfig
 from nla_monitor.errors import AttachError
 from nla_monitor.monitor import Monitor
 from nla_monitor.stopping import StopAgreement
+from nla_monitor.tracker_runs import MlflowRun, OpenRun, TensorboardRun, WandbRun
+from nla_monitor.trackers import STEP_KEY, Trackers
 
 logger = logging.getLogger("nla_monitor")
 
@@ -27,8 +29,9 @@ class NLALightningCallback(Callback):
     ``Trainer(callbacks=[NLALightningCallback("nla-monitor.yaml")])``, or with the keywords of ``Monitor``.
 
     The validation of the sanity check is not read. Every ``log_every_n_steps``, figures of the run go to the trainer's
-    loggers under ``nla/``. Losses, gradients and weights are the same with and without it, bit for bit. Nothing that
-    goes wrong in here reaches the trainer: it is logged and counted (``callback.monitor.stats``).
+    loggers under ``nla/``; an alert leaves a note at the runs of its W&B, MLflow and TensorBoard loggers
+    (``alerts.trackers`` of the config). Losses, gradients and weights are the same with and without it, bit for bit.
+    Nothing that goes wrong in here reaches the trainer: it is logged and counted (``callback.monitor.stats``).
 
     Args:
         config: YAML file, mapping, ``MonitorConfig``, or a ``Monitor`` made before (the caller then closes it).
@@ -62,6 +65,7 @@ class NLALightningCallback(Callback):
         self._active = False
         self._checked = False
         self._stop = StopAgreement(self.monitor)
+        self._trackers: Trackers | None = None
         self._paused = ExitStack()
 
     def _make(self) -> Monitor:
@@ -76,7 +80,15 @@ class NLALightningCallback(Callback):
             tokenizer = self._tokenizer if self._tokenizer is not None else getattr(pl_module, "tokenizer", None)
             self.monitor.attach(self._find(pl_module), tokenizer)
             self._active, self._checked = True, False
+            self._trackers = self._note_takers(trainer)
             self.monitor.step(trainer.global_step + 1)
+
+    def _note_takers(self, trainer: Trainer) -> Trackers | None:
+        if not trainer.is_global_zero:
+            return None
+        trackers = Trackers(self.monitor.guard, runs=runs_of(trainer.loggers))
+        trackers.watch(self.monitor)
+        return trackers
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the untrained loop is tried out with is no evaluation."""
@@ -127,12 +139,28 @@ class NLALightningCallback(Callback):
             if self._owned:
                 self.monitor.close(timeout)
             self._log(trainer)  # what was read meanwhile
+            if self._trackers is not None:
+                self._trackers.close(timeout)
 
     def _log(self, trainer: Trainer) -> None:
         values = self.monitor.scalars()
         for target in trainer.loggers if values else ():
             with self.monitor.guard("callback.log"):
                 target.log_metrics(values, step=trainer.global_step)
+
+
+def runs_of(loggers: Iterable[Any]) -> list[OpenRun]:
+    """Runs of Lightning's loggers that can take a note; told by their names, so that no tracker is imported."""
+    found: list[OpenRun] = []
+    for logger in loggers:
+        names = {kind.__name__ for kind in type(logger).__mro__}
+        if "WandbLogger" in names:
+            found.append(WandbRun(logger.experiment, STEP_KEY))
+        elif "MLFlowLogger" in names:
+            found.append(MlflowRun(logger.run_id, logger.experiment))
+        elif "TensorBoardLogger" in names:
+            found.append(TensorboardRun(logger.experiment))
+    return found
 
 
 def language_model(module: nn.Module) -> nn.Module:

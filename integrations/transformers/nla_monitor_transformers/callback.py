@@ -35,7 +35,7 @@ class NLAMonitorCallback(TrainerCallback):
 
     Samples say in ``meta.forward`` which of the trainer's forwards they are of (see ``Forwards``); in DPO also in
     ``meta.pair`` whether the sequence was chosen or rejected. Whenever the trainer logs, figures of the run go to the
-    trackers that are open, under ``nla/``.
+    trackers that are open, under ``nla/``; an alert leaves a note there (``alerts.trackers`` of the config).
 
     Args:
         config: YAML file, mapping, ``MonitorConfig``, or a ``Monitor`` made before (the caller then closes it).
@@ -103,6 +103,8 @@ class NLAMonitorCallback(TrainerCallback):
             self._stop = StopAgreement(self.monitor)
             self._label(model, args)
             self._trackers = _trackers(self.monitor, args, state)
+            if self._trackers is not None:
+                self._trackers.watch(self.monitor)
             self.monitor.step(state.global_step + 1)
 
     def _label(self, model: Any, args: TrainingArguments) -> None:

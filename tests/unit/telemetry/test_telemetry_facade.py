@@ -49,6 +49,7 @@ def test_a_verbalized_batch_is_its_own_trace_with_one_link_per_distinct_source(
         "gen_ai.operation.name": "verbalize",
         "gen_ai.provider.name": "nla_monitor",
         "gen_ai.conversation.id": "conversation-1",
+        "openinference.span.kind": "EVALUATOR",
         "nla_monitor.batch.size": 5,
         "nla_monitor.batch.sources": 2,
         "nla_monitor.run.id": "run-1",
