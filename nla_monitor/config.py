@@ -269,7 +269,12 @@ class QueueConfig(Section):
 
     max_samples: int = Field(8192, ge=1, description="samples in memory; the oldest are dropped and counted beyond it")
     write_batch: int = Field(256, ge=1)
-    write_interval_seconds: float = Field(0.2, gt=0)
+    write_interval_seconds: float = Field(
+        1.0,
+        gt=0,
+        description="what waits is written so often; more often costs the host more, less often keeps more in memory, "
+        "where a host that is killed loses it",
+    )
     priority_seconds: float = Field(
         3600.0,
         ge=0,

@@ -228,6 +228,10 @@ class _Pass:
                 attempted=bool(errors),
             )
             self.delayed += 1
+            if errors and not item.attempts:
+                logger.warning(
+                    "alert %s (%s) is not delivered yet, trying on: %s", item.alert.alert_id, item.kind, text
+                )
         else:
             text = text or f"put off for too long: {', '.join(self._down)} failed"
             logger.error("alert %s (%s) was not delivered and is given up: %s", item.alert.alert_id, item.kind, text)

@@ -46,6 +46,9 @@ class _Event:
 def judge(window: Window, matches: Sequence[Match], *, step: int | None, now: float) -> WindowVerdict:
     """Whether the window of one group holds.
 
+    Matches with a step count by steps, those without by time; it holds where either do. The verdict has both kinds: so
+    that a match more only ever adds to it, however many come at one moment.
+
     Args:
         window: The rule's window.
         matches: Matches of the rule in one group; more than the window needs is fine.
@@ -62,7 +65,14 @@ def judge(window: Window, matches: Sequence[Match], *, step: int | None, now: fl
         verdicts.append(
             _verdict(window, _time_axis(window, now), [_Event(m.captured_at, _key(window, m), m) for m in timed])
         )
-    return max(verdicts, key=lambda verdict: (verdict.firing, verdict.distinct))
+    if len(verdicts) == 1:
+        return verdicts[0]
+    inside = sorted(
+        (match for verdict in verdicts for match in verdict.matches),
+        key=lambda match: (match.captured_at, match.match_id),
+    )
+    firing = any(verdict.firing for verdict in verdicts)
+    return WindowVerdict(firing, tuple(inside), max(verdict.distinct for verdict in verdicts), window.count)
 
 
 def next_change(window: Window, matches: Sequence[Match], *, step: int | None, now: float) -> tuple[float, float]:

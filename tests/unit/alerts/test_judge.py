@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nla_monitor.alerts.judge import Change, Clock, Judge
@@ -122,6 +122,7 @@ MOMENTS = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(WINDOWS, min_size=1, max_size=3), MOMENTS, st.lists(st.integers(1, 9), min_size=1, max_size=6))
+@example(["{count: 1}"], [(-1, 0, True, "user")] * 2 + [(4, 0, True, "user")] * 2 + [(-1, 0, True, "user")], [3])
 def test_the_size_of_batches_changes_nothing(
     windows: list[str], moments: list[tuple[int, int, bool, str | None]], sizes: list[int]
 ) -> None:
