@@ -231,12 +231,15 @@ def test_a_process_that_has_the_number_of_one_that_ended_is_not_killed(script: S
     script("start", script.worker)
     file = script.folder / "a stack" / f"{script.worker}.pid"
     number, began = file.read_text(encoding="utf-8").split()
-    with subprocess.Popen(["sleep", "60"]) as stranger:
-        file.write_text(f"{stranger.pid} {began}\n", encoding="utf-8")
-        assert script("stop", script.worker).stdout == f"{script.worker}: does not run\n"
-        assert stranger.poll() is None
-        stranger.kill()
-    file.write_text(f"{number} {began}\n", encoding="utf-8")
+    try:
+        with subprocess.Popen(["sleep", "60"]) as stranger:
+            file.write_text(f"{stranger.pid} {began}\n", encoding="utf-8")
+            said, ended = script("stop", script.worker).stdout, stranger.poll()
+            stranger.kill()
+    finally:
+        file.write_text(f"{number} {began}\n", encoding="utf-8")
+    assert said == f"{script.worker}: does not run\n"
+    assert ended is None
 
 
 def test_ctrl_c_while_it_starts_leaves_nothing_behind(script: Script) -> None:
