@@ -19,6 +19,8 @@ logger = logging.getLogger("nla_monitor.alerts")
 CLAIM_SECONDS: Final = 120.0
 """How long a claimed item is hidden from other workers; longer than all sinks together may take for one."""
 FIRST_DELAY: Final = 2.0
+HELD_DELAY: Final = 15.0
+"""Seconds until it is looked again whether a sink has what comes before a message."""
 LONGEST_DELAY: Final = 600.0
 _LEAVING: Final = ("webhook", "alertmanager", "notify", "phoenix", "langfuse")
 _NAMED_SINKS: Final = {"log": "log"} | dict.fromkeys(_LEAVING, "webhook")
@@ -51,6 +53,8 @@ class _Item(Protocol):
     def created_at(self) -> float: ...
     @property
     def error(self) -> str | None: ...
+    @property
+    def before(self) -> Sequence[Sequence[str]]: ...
 
 
 class _Outbox(Protocol):
@@ -127,10 +131,10 @@ def drain(
 ) -> Drained:
     """One pass over what is due in the outbox; never raises for a sink, whatever the sink raises.
 
-    A sink that fails is not asked again in this pass, so that a dead receiver costs one timeout, not one per alert. Its
-    items come back after ``FIRST_DELAY * 2 ** attempts`` seconds (at most ``LONGEST_DELAY``), ``MAX_ATTEMPTS`` times
-    (``LONE_ATTEMPTS`` where the receiver is well and only the item has to wait) and for ``LONGEST_WAIT`` seconds at
-    most.
+    Each sink hears of one condition in order, and one that fails holds up only itself. It is not asked again in this
+    pass, so that a dead receiver costs one timeout, not one per alert. Its items come back after
+    ``FIRST_DELAY * 2 ** attempts`` seconds (at most ``LONGEST_DELAY``), ``MAX_ATTEMPTS`` times (``LONE_ATTEMPTS`` where
+    the receiver is well and only the item has to wait) and for ``LONGEST_WAIT`` seconds at most.
 
     Args:
         outbox: what is to be told.
@@ -193,12 +197,13 @@ class _Pass:
         """Give an item to every sink that lacks it, and write down what came of it."""
         have = set(item.delivered)
         errors: dict[str, DeliveryError] = {}
-        waiting = False
+        waiting = held = False
         for sink in self._sinks:
             if sink.name in have or not may_tell(sink, item.alert, self._responses):
                 continue
-            if sink.name in self._down:
-                waiting = True
+            behind = any(sink.name not in older for older in item.before)
+            if behind or sink.name in self._down:
+                waiting, held = True, held or behind
                 continue
             error = _given(sink, item)
             if error is None:
@@ -206,9 +211,17 @@ class _Pass:
             else:
                 errors[sink.name] = error
             self._tell(sink.name, "delivered" if error is None else "refused" if error.permanent else "failed")
-        self._settle(item, have, errors, waiting)
+        not_before = [self._clock() + HELD_DELAY] if held else []
+        self._settle(item, have, errors, waiting, not_before)
 
-    def _settle(self, item: _Item, have: set[str], errors: dict[str, DeliveryError], waiting: bool) -> None:
+    def _settle(
+        self,
+        item: _Item,
+        have: set[str],
+        errors: dict[str, DeliveryError],
+        waiting: bool,
+        not_before: Sequence[float],
+    ) -> None:
         now = self._clock()
         again = now + min(FIRST_DELAY * 2**item.attempts, LONGEST_DELAY)
         transient = [name for name, error in errors.items() if not error.permanent]
@@ -219,10 +232,10 @@ class _Pass:
             self._outbox.outbox_done(item.outbox_id)
             self.delivered += 1
         elif in_time and (waiting or (transient and item.attempts + 1 < _most(errors))):
-            retry_at = max([again, *self._down.values()]) if errors else max(self._down.values())
+            retry_at = max([*([again] if errors else not_before), *self._down.values()])
             self._outbox.outbox_failed(
                 item.outbox_id,
-                text or f"put off: {', '.join(self._down)} failed just now",
+                text or "put off: a sink failed just now, or lacks what comes before it",
                 retry_at,
                 delivered=sorted(have),
                 attempted=bool(errors),
@@ -233,7 +246,7 @@ class _Pass:
                     "alert %s (%s) is not delivered yet, trying on: %s", item.alert.alert_id, item.kind, text
                 )
         else:
-            text = text or f"put off for too long: {', '.join(self._down)} failed"
+            text = text or "put off for too long"
             logger.error("alert %s (%s) was not delivered and is given up: %s", item.alert.alert_id, item.kind, text)
             self._outbox.outbox_failed(item.outbox_id, text, None, delivered=sorted(have))
             self.given_up += 1

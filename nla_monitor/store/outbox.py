@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Engine, Exists, exists, func, select, update
-from sqlalchemy.orm import aliased
+from sqlalchemy import Connection, Engine, exists, func, select, update
 
 from nla_monitor.records import Alert
 from nla_monitor.store.codec import Row, alert_of, clean
@@ -31,6 +31,8 @@ class OutboxItem:
     """Sinks that have it already."""
     created_at: float
     error: str | None
+    before: tuple[tuple[str, ...], ...] = ()
+    """Of each older message about the same condition that is still to be told: the sinks that have it."""
 
 
 class Outbox:
@@ -59,11 +61,12 @@ class Outbox:
     def outbox_claim(self, limit: int, seconds: float) -> list[OutboxItem]:
         """Take what is due, for this caller alone during ``seconds``; then it is due again.
 
-        What was tried least comes first, so that a message that a receiver always refuses holds up no other. Of one
-        condition only the oldest is due: a receiver that hears ``resolved`` before ``fired`` would take it as firing.
+        What was tried least comes first, so that a message that a receiver always refuses holds up no other. A sink
+        that lacks an older message of the same condition (``OutboxItem.before``) must not be told yet: one that hears
+        ``resolved`` before ``fired`` would take it as firing.
         """
         now = self._clock()
-        due = (OutboxRow.state == "pending", OutboxRow.next_at <= now, ~_something_before())
+        due = (OutboxRow.state == "pending", OutboxRow.next_at <= now)
         with read(self._engine) as connection:  # without the write lock: mostly nothing is due
             if not connection.execute(select(exists().where(*due))).scalar():
                 return []
@@ -73,7 +76,7 @@ class Outbox:
             rows = connection.execute(locked(connection, query, skip=True)).mappings().all()
             taken = [row["outbox_id"] for row in rows]
             connection.execute(update(OutboxRow).where(OutboxRow.outbox_id.in_(taken)).values(next_at=now + seconds))
-            return [_item(row) for row in rows]
+            return [dataclasses.replace(_item(row), before=_before(connection, row)) for row in rows]
 
     def outbox_done(self, outbox_id: int) -> None:
         """Every sink has it."""
@@ -104,17 +107,16 @@ class Outbox:
             _set(connection, outbox_id, error=clean(error), delivered=list(delivered), attempts=attempts, **changed)
 
 
-def _something_before() -> Exists:
-    """Whether something older about the same condition (rule, run and group) is to be told still."""
-    mine = select(AlertRow.fingerprint).where(AlertRow.alert_id == OutboxRow.alert_id)
-    fingerprint = mine.correlate(OutboxRow).scalar_subquery()
-    older, its = aliased(OutboxRow), aliased(AlertRow)
-    return exists().where(
-        older.state == "pending",
-        older.outbox_id < OutboxRow.outbox_id,
-        its.alert_id == older.alert_id,
-        its.fingerprint == fingerprint,
+def _before(connection: Connection, row: Row) -> tuple[tuple[str, ...], ...]:
+    """Who has what is older and still to be told about the same condition (rule, run and group), oldest first."""
+    mine = select(AlertRow.fingerprint).where(AlertRow.alert_id == row["alert_id"]).scalar_subquery()
+    query = (
+        select(OutboxRow.delivered)
+        .join(AlertRow, AlertRow.alert_id == OutboxRow.alert_id)
+        .where(OutboxRow.state == "pending", OutboxRow.outbox_id < row["outbox_id"], AlertRow.fingerprint == mine)
+        .order_by(OutboxRow.outbox_id)
     )
+    return tuple(tuple(delivered) for delivered in connection.execute(query).scalars())
 
 
 def _set(connection: Connection, outbox_id: int, **values: object) -> None:

@@ -24,6 +24,7 @@ from nla_monitor.alerts.alertmanager import AlertmanagerSink
 from nla_monitor.alerts.notify import AppriseSink
 from nla_monitor.alerts.sinks import (
     CLAIM_SECONDS,
+    HELD_DELAY,
     LONGEST_DELAY,
     LONGEST_WAIT,
     DeliveryError,
@@ -105,13 +106,43 @@ def test_a_receiver_that_was_away_hears_fired_before_resolved(
     server.answer = lambda _body: 200
     server.got.clear()
     resolve(repository, one)
-    assert drain(repository, [sink], clock=clock) == Drained(), "the first is not due yet, so the second is not either"
+    assert drain(repository, [sink], clock=clock) == Drained(delayed=1), "the first is not due yet"
+    assert server.got == []
     again = alert(sample(2), fingerprint="1")
     with repository.transaction() as tx:
         tx.save_alert(again, [], "fired")  # the same condition once more
-    clock.now += LONGEST_DELAY
-    assert drain(repository, [sink], clock=clock) == Drained(delivered=3)
+    for _ in range(3):
+        clock.now += HELD_DELAY
+        drain(repository, [sink], clock=clock)
+    assert repository.outbox_pending() == []
     assert statuses(server) == ["firing", "resolved", "firing"]
+
+
+def test_a_sink_that_is_away_holds_up_no_other(repository: Repository, clock: Clock) -> None:
+    """The pager hears of the end at once, however long the dashboard is down; and the dashboard hears it in order."""
+
+    class Own:
+        def __init__(self, name: str) -> None:
+            self.name, self.away, self.heard = name, False, list[str]()
+
+        def send(self, kind: str, alert: Alert) -> None:
+            if self.away:
+                raise DeliveryError("away")
+            self.heard.append(kind)
+
+    pager, dashboard = Own("pager"), Own("dashboard")
+    dashboard.away = True
+    (one,) = fire(repository, 1)
+    drain(repository, [dashboard, pager], clock=clock)
+    resolve(repository, one)
+    drain(repository, [dashboard, pager], clock=clock)
+    assert (pager.heard, dashboard.heard) == (["fired", "resolved"], [])
+    dashboard.away = False
+    for _ in range(3):
+        clock.now += HELD_DELAY
+        drain(repository, [dashboard, pager], clock=clock)
+    assert pager.heard == dashboard.heard == ["fired", "resolved"]
+    assert repository.outbox_pending() == []
 
 
 def test_a_message_that_is_always_refused_holds_up_no_other(
