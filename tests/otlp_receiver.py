@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -112,3 +114,22 @@ def receiver(behaviour: Behaviour = well, *, path: str = "") -> Iterator[Receive
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def receiver_process() -> Iterator[str]:
+    """The URL of a receiver in a process of its own, whose work is not on the clock of who measures."""
+    command = [sys.executable, "-m", "tests.otlp_receiver"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("the receiver has no pipes")
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()
+
+
+if __name__ == "__main__":
+    with receiver() as serving:
+        print(serving.url, flush=True)
+        sys.stdin.read()

@@ -49,11 +49,8 @@ def demo(
 
     view = View(Console(stderr=as_json, highlight=False))
     file = _file(database)
-    handle = sdk.configure("nla-monitor-demo", serve=False)
-    try:
+    with sdk.configure("nla-monitor-demo", serve=False) as handle:
         summary = runner.run(story.value, seed, file, view, handle.telemetry())
-    finally:
-        handle.shutdown()
     view.summary(summary)
     if as_json:
         sys.stdout.write(runner.as_json(summary) + "\n")

@@ -52,8 +52,7 @@ def worker(
     started, done = time.monotonic(), 0
     from nla_monitor.telemetry import sdk
 
-    handle = sdk.configure("nla-monitor-worker", settings.worker.metrics_port)
-    try:
+    with sdk.configure("nla-monitor-worker", settings.worker.metrics_port) as handle:
         _calm(settings)
         from nla_monitor.worker import Worker
 
@@ -67,8 +66,6 @@ def worker(
                 done = _work(reader, stop, once=once)
             finally:
                 reader.close()
-    finally:
-        handle.shutdown()
     if as_json:
         seconds = round(time.monotonic() - started, 2)
         print_json({"read": done if once else None, "seconds": seconds, "telemetry": handle.counts})

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, Final
+from typing import Any, Final, Self
 from wsgiref.simple_server import WSGIServer
 
 from opentelemetry import metrics, trace
@@ -57,6 +57,9 @@ logger = logging.getLogger("nla_monitor.telemetry")
 # A leased batch may hold so many samples, each of another trace (config: nla.batch_size).
 MAX_LINKS: Final = 4096
 DEFAULT_PROMETHEUS_PORT: Final = 9464
+_PATIENCE: Final = 5.0
+"""Seconds that an orderly end may take."""
+_AFTER_FAILURE: Final = 1.0
 _LAST_SHARE: Final = 0.3
 """Of the time for an orderly end, what the metrics may take at least."""
 _PROTOCOLS: Final = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
@@ -79,12 +82,19 @@ class SdkHandle:
         """The facade over these providers."""
         return Telemetry(self.tracer_provider, self.meter_provider, self.logger_provider, config)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The orderly end; a short one after an exception, whose message must not wait for a dead endpoint."""
+        self.shutdown(_PATIENCE if kind is None else _AFTER_FAILURE)
+
     @property
     def counts(self) -> dict[str, dict[str, int]]:
         """What became of each signal, by ``signal/exporter``: see ``Tally.counts``."""
         return {f"{tally.signal}/{tally.exporter}": tally.counts for tally in self._tallies}
 
-    def shutdown(self, timeout: float = 5.0) -> bool:
+    def shutdown(self, timeout: float = _PATIENCE) -> bool:
         """Send what is left and stop; False when a dead endpoint did not let it finish within ``timeout`` seconds.
 
         The wait is bounded: what could not be sent by then is lost, counted, and a warning says so. Metrics go last,

@@ -74,7 +74,7 @@ def threads_hand_contexts_on() -> Iterator[None]:
 @pytest.fixture
 def backend() -> Iterator[Backend]:
     """Where the spans of all these packages arrive."""
-    with in_memory_backend() as backend, threads_hand_contexts_on():
+    with in_memory_backend() as backend:
         provider = backend.tracer_provider
         instrumentors = [httpx_packages.HTTPXClientInstrumentor(), requests_packages.RequestsInstrumentor()]
         for one in instrumentors:
@@ -147,7 +147,7 @@ def test_requests_to_a_server_that_runs_the_av_leave_none(backend: Backend) -> N
 
 
 def test_a_monitor_in_an_instrumented_host_adds_nothing_to_the_hosts_traces(backend: Backend, tmp_path: Path) -> None:
-    """Its threads begin during a request of the host, and go on for hours."""
+    """Its threads begin during a request of the host, are handed its context, and go on for hours."""
     model, tokenizer = load_target("planted")
     text = make_transcript(keyed_rng("untraced", 0), intent="hack", belief="real").prompt
     ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -158,7 +158,7 @@ def test_a_monitor_in_an_instrumented_host_adds_nothing_to_the_hosts_traces(back
         "nla": {"batch_size": 4},
     }
     tracer = backend.tracer_provider.get_tracer("host")
-    with tracer.start_as_current_span("request") as request:
+    with threads_hand_contexts_on(), tracer.start_as_current_span("request") as request:
         monitor = Monitor(settings, telemetry=backend.telemetry()).attach(model, tokenizer)
         monitor.step(1)
         with torch.no_grad():

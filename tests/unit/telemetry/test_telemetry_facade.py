@@ -614,3 +614,17 @@ def test_library_code_depends_on_the_api_only() -> None:
             assert not (module or "").startswith(("opentelemetry.sdk", "opentelemetry.exporter")), path
             assert module not in {"nla_monitor.telemetry.sdk", "nla_monitor.telemetry.delivery"}, path
             assert not (isinstance(node, ast.Attribute) and node.attr.startswith("set_tracer_provider")), path
+
+
+def test_spans_are_made_in_one_place_only() -> None:
+    """Where each of them gets its ``gen_ai`` key; a span made elsewhere would vanish in Langfuse."""
+    root = Path(nla_monitor.telemetry.__file__).parents[2]
+    makers = {"start_span", "start_as_current_span"}
+    found = {
+        path.relative_to(root).as_posix()
+        for folder in ("nla_monitor", "integrations")
+        for path in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in makers
+    }
+    assert found == {"nla_monitor/telemetry/spans.py"}
