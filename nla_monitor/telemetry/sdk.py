@@ -274,7 +274,8 @@ def _load(group: str, name: str) -> Any:
     for point in entry_points(group=group, name=name):
         return point.load()
     package = f"opentelemetry-exporter-{name.replace('_', '-')}"
-    raise MissingExtraError(package, "otlp", "sending telemetry by OTLP")
+    extra = "otlp-grpc" if name.endswith("_grpc") else "otlp"
+    raise MissingExtraError(package, extra, "sending telemetry by OTLP")
 
 
 def _prometheus_port() -> int:

@@ -16,14 +16,17 @@ from typing import Any
 
 import pytest
 
+from nla_monitor import Monitor, NLAMonitorCallback
 from nla_monitor.records import AgentContext, uuid7
 from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.store.engine import open_engine
 from nla_monitor.store.repository import Repository
 from nla_monitor.telemetry.delivery import REASONS
+from tests.integration.training import train
 from tests.organism_support import training_samples
 from tests.otlp_receiver import HANG, Receiver, attributes, receiver
 from tests.store_support import new_database
+from tests.telemetry_support import in_memory_backend
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
 
@@ -248,3 +251,30 @@ def test_ctrl_c_ends_a_worker_orderly_though_its_collector_hangs(tmp_path: Path)
         _, log = process.communicate(timeout=40)
     assert process.returncode == 0, log
     assert "lost (unsent)" in log
+
+
+@pytest.mark.slow
+def test_a_training_runs_own_worker_sends_what_its_host_has_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's own spans go to the providers that it injects, the worker's by its own SDK; both belong together."""
+    with receiver() as found, in_memory_backend() as host:
+        for name, value in environment(found.url).items():
+            monkeypatch.setenv(name, value)
+        settings = {
+            "database": f"sqlite:///{tmp_path / 'm.db'}",
+            "capture": {"triggers": ["\n"], "tokens_per_sequence": 2, "sequences_per_step": 4},
+            "worker": {"poll_seconds": 0.05},
+        }
+        monitor = Monitor(settings, telemetry=host.telemetry())
+        with host.tracer_provider.get_tracer("trainer").start_as_current_span("step"):
+            train(tmp_path, [NLAMonitorCallback(monitor)], steps=2)
+        monitor.close()
+        sampled = monitor.stats.written
+    assert sampled > 0
+    captured = [span for span in host.spans() if span.name == "nla_monitor.capture"]
+    assert sum(span.attributes["nla_monitor.batch.size"] for span in captured) == sampled
+    verbalized = found.named("nla_monitor.verbalize")
+    assert sum(attributes(span)["nla_monitor.batch.size"] for span in verbalized) == sampled
+    assert {attributes(span)["nla_monitor.run.id"] for span in verbalized} == {monitor.run_id}
+    assert {span.name for span in host.spans()} == {"nla_monitor.capture"}, "the worker's are its own"

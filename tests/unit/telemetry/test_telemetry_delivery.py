@@ -87,7 +87,7 @@ def test_what_arrives_is_what_was_emitted_and_the_last_metrics_say_so(
 
 @pytest.mark.parametrize(
     ("status", "reason"),
-    [(401, "HTTP 401"), (HANG, "within its timeout"), (None, "within its timeout|ConnectionError")],
+    [(401, "HTTP 401"), (HANG, "within its timeout"), (None, "ConnectionError")],
 )
 def test_nothing_arrives_and_every_record_is_counted(
     monkeypatch: pytest.MonkeyPatch, make_alert: Any, caplog: pytest.LogCaptureFixture, status: int | None, reason: str
@@ -95,6 +95,8 @@ def test_nothing_arrives_and_every_record_is_counted(
     """Wrong credentials, an endpoint that takes and never answers, no endpoint at all."""
     with receiver(lambda _path, _number: status or HANG, path="/SECRET-PATH") as found:
         url = found.url if status is not None else f"{dead_endpoint()}/SECRET-PATH"
+        if status is None:  # time for a second try, which the exporter's own log announces with the whole URL
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1.7")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20SECRET-TOKEN")
         handle = sdk.configure()
