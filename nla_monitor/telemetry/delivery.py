@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, Final, Literal
 
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
@@ -205,7 +206,9 @@ def counted(exporter: Any, tally: Tally) -> Any:
         except Exception as error:  # noqa: BLE001 -- whatever an exporter raises is one failed export; it is raised on
             tally.done(count, type(error).__name__)
             raise _ExportError(type(error).__name__) from None
-        tally.done(count, None if result.name == "SUCCESS" else _REASON.text or "no acknowledgement within its timeout")
+        tally.done(
+            count, None if result.name == "SUCCESS" else _REASON.text or "refused, or no answer within its timeout"
+        )
         return result
 
     exporter.export = export
@@ -241,6 +244,8 @@ class _Reasons(logging.Handler):
                 _REASON.text = f"HTTP {value}"
             elif isinstance(value, BaseException):
                 _REASON.text = type(value).__name__
+            elif isinstance(value, Enum):  # gRPC's status
+                _REASON.text = value.name
 
 
 @contextmanager

@@ -16,10 +16,12 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from nla_monitor.config import load_config
 from nla_monitor.nla import load_reconstructor
@@ -204,6 +206,7 @@ def cost(folder: Path, *, pairs: int, samples: int, batch: int) -> dict[str, Any
         )
         with_it, without = in_turns(on, off, made, pairs, clock)
         scrapes = [scrape(handle.metrics_port) for _ in range(7)]
+        spread = buckets(served(handle.metrics_port))
         handle.shutdown(timeout=20.0)
         counts = handle.counts
         alerts = len(on.worker.repository.alerts(limit=10_000))
@@ -213,6 +216,7 @@ def cost(folder: Path, *, pairs: int, samples: int, batch: int) -> dict[str, Any
     return figures(clock, with_it, without, scrapes, total=total, samples=samples) | {
         "alerts_per_1000": round(1000 * alerts / (total + samples), 2),
         "delivery": counts,
+        "buckets": spread,
     }
 
 
@@ -240,9 +244,35 @@ def in_turns(
 def scrape(port: int | None) -> float:
     """CPU seconds that this process spends on answering one scrape, the client's own few included."""
     started = time.process_time()
-    with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10) as response:
-        response.read()
+    served(port)
     return time.process_time() - started
+
+
+def served(port: int | None) -> str:
+    """What ``/metrics`` says."""
+    with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10) as response:
+        text: str = response.read().decode()
+        return text
+
+
+def buckets(text: str) -> dict[str, dict[str, Any]]:
+    """Of each histogram of a page: shares in the first bucket and above the last bound; how many hold any."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        if family.type != "histogram":
+            continue
+        sums: dict[float, float] = {}
+        for one in family.samples:
+            if one.name.endswith("_bucket"):
+                bound = float(one.labels["le"])
+                sums[bound] = sums.get(bound, 0.0) + one.value
+        ordered = [sums[bound] for bound in sorted(sums)]
+        if ordered and ordered[-1]:
+            held = [after - before for before, after in pairwise([0.0, *ordered])]
+            below, above = held[0] / ordered[-1], held[-1] / ordered[-1]
+            used = sum(count > 0 for count in held)
+            found[family.name] = {"first": round(below, 4), "overflow": round(above, 4), "used": used}
+    return found
 
 
 def figures(

@@ -19,6 +19,9 @@ def test_the_cost_has_all_parts_and_everything_arrived(tmp_path: Path) -> None:
     assert abs(found["cost_per_sample_us"] - sum(found["parts_us"].values())) < 1.0
     assert found["share_of_pipeline"] > 0
     assert found["matches_per_1000"] > 0
+    for name in ("verbalization_duration_seconds", "fidelity_fve", "fidelity_unexplained", "detection_delay_seconds"):
+        shares = found["buckets"][f"nla_monitor_{name}"]
+        assert (shares["overflow"], shares["first"] < 1.0) == (0.0, True), name
     for counts in found["delivery"].values():
         assert counts["emitted"] == counts["exported"] > 0
 

@@ -87,7 +87,7 @@ def test_what_arrives_is_what_was_emitted_and_the_last_metrics_say_so(
 
 @pytest.mark.parametrize(
     ("status", "reason"),
-    [(401, "HTTP 401"), (HANG, "within its timeout"), (None, "ConnectionError")],
+    [(401, "HTTP 401"), (HANG, "no answer within its timeout"), (None, "ConnectionError")],
 )
 def test_nothing_arrives_and_every_record_is_counted(
     monkeypatch: pytest.MonkeyPatch, make_alert: Any, caplog: pytest.LogCaptureFixture, status: int | None, reason: str
