@@ -4,7 +4,7 @@
 reads the store for the levels), and the CPU time of the SDK's exporting threads. A scrape of ``/metrics`` every 15 s
 and an export of metrics every 60 s come by time, not by sample: they count at what they take of the pipeline's time.
 *Paired*: the same batches with telemetry on and switched off, in turns. The first is what is reported: it resolves
-microseconds, while the second is a difference of two large times and shows the machine's noise, which is printed too.
+microseconds; the second is a difference of two large times, by the clock and by CPU time, with the machine's noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -145,9 +145,9 @@ class Pipeline:
         self.worker = Worker(config, verbalizer=halves.av, reconstructor=halves.ar, telemetry=telemetry, sinks=[])
         self.spool = SqlSpool(self.worker.repository.engine)
 
-    def run(self, samples: Sequence[ActivationSample]) -> float:
-        """Seconds from the first hand-over to the last acknowledgement."""
-        started = time.perf_counter()
+    def run(self, samples: Sequence[ActivationSample]) -> Spent:
+        """What it took from the first hand-over to the last acknowledgement."""
+        started, worked = time.perf_counter(), time.process_time()
         for _ in range(0, len(samples), PER_STEP):
             self.telemetry.sampled(PER_STEP, Phase.TRAIN)
             self.telemetry.dropped("queue_full", 0)
@@ -158,7 +158,15 @@ class Pipeline:
         self.telemetry.capture_duration(1e-4)
         while self.worker.run_once():
             pass
-        return time.perf_counter() - started
+        return Spent(time.perf_counter() - started, time.process_time() - worked)
+
+
+class Spent(NamedTuple):
+    """Seconds of one run."""
+
+    wall: float
+    cpu: float
+    """Of all threads: the exporting ones, too."""
 
 
 @dataclass(frozen=True)
@@ -229,9 +237,10 @@ def organism_samples(count: int) -> list[ActivationSample]:
 
 def in_turns(
     on: Pipeline, off: Pipeline, made: Sequence[ActivationSample], pairs: int, clock: Clock
-) -> tuple[list[float], list[float]]:
+) -> tuple[list[Spent], list[Spent]]:
     """Seconds of each run, with and without telemetry; the clock holds what came after the first pair."""
-    with_it, without = [], []
+    with_it: list[Spent] = []
+    without: list[Spent] = []
     for pair in range(pairs + 1):
         for pipeline, found in ((on, with_it), (off, without))[:: 1 if pair % 2 else -1]:
             found.append(pipeline.run(fresh(made, pair)))
@@ -275,33 +284,36 @@ def buckets(text: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def ratios(with_it: Sequence[float], without: Sequence[float]) -> dict[str, float]:
+    """How much more the runs with telemetry took than their partners: median, least, most."""
+    paired = [one / other - 1 for one, other in zip(with_it, without, strict=True)]
+    found = {"p50": statistics.median(paired), "low": min(paired), "high": max(paired)}
+    return {name: round(value, 5) for name, value in found.items()}
+
+
 def figures(
     clock: Clock,
-    with_it: Sequence[float],
-    without: Sequence[float],
+    with_it: Sequence[Spent],
+    without: Sequence[Spent],
     scrapes: Sequence[float],
     *,
     total: int,
     samples: int,
 ) -> dict[str, Any]:
     """What was measured, per sample."""
-    pipeline = statistics.median(without) / samples
+    pipeline = statistics.median(one.wall for one in without) / samples
     metrics_seconds = clock.seconds.pop("export_metrics", 0.0) / max(clock.calls.pop("export_metrics", 0), 1)
     parts = {name: seconds / total for name, seconds in sorted(clock.seconds.items())} | {
         "export_metrics": pipeline * metrics_seconds / EXPORT_SECONDS,
         "scrape": pipeline * statistics.median(scrapes) / SCRAPE_SECONDS,
     }
     per_sample = sum(parts.values())
-    paired = [one / other - 1 for one, other in zip(with_it, without, strict=True)]
     return {
         "cost_per_sample_us": round(per_sample * 1e6, 2),
         "share_of_pipeline": round(per_sample / pipeline, 5),
         "share_reported": "direct accounting",
-        "share_paired": {
-            "p50": round(statistics.median(paired), 5),
-            "low": round(min(paired), 5),
-            "high": round(max(paired), 5),
-        },
+        "share_paired": ratios([one.wall for one in with_it], [one.wall for one in without]),
+        "share_paired_cpu": ratios([one.cpu for one in with_it], [one.cpu for one in without]),
         "parts_us": {name: round(seconds * 1e6, 2) for name, seconds in parts.items()},
         "matches_per_1000": round(1000 * clock.calls.get("evaluation_event", 0) / total, 2),
         "pipeline_us_per_sample": round(pipeline * 1e6, 1),
