@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any, Final, Literal
 
@@ -248,18 +247,15 @@ class _Reasons(logging.Handler):
                 _REASON.text = value.name
 
 
-@contextmanager
-def own_words() -> Iterator[None]:
-    """While the block runs, failures of OTLP exporters are told by their tallies only; for processes of ours."""
-    theirs, handler = logging.getLogger(_EXPORTERS), _Reasons()
-    before = theirs.propagate
-    theirs.addHandler(handler)
+def in_own_words() -> None:
+    """From now on failures of OTLP exporters are told by their tallies only; for processes of ours.
+
+    It is never undone: an export that did not end in time may have something to say when all else has ended.
+    """
+    theirs = logging.getLogger(_EXPORTERS)
+    if not any(isinstance(one, _Reasons) for one in theirs.handlers):
+        theirs.addHandler(_Reasons())
     theirs.propagate = False
-    try:
-        yield
-    finally:
-        theirs.removeHandler(handler)
-        theirs.propagate = before
 
 
 def observe(meter_provider: MeterProvider, tallies: Iterable[Tally]) -> None:

@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Final, Self
@@ -47,8 +46,8 @@ from nla_monitor.telemetry.delivery import (
     Signal,
     Tally,
     counted,
+    in_own_words,
     observe,
-    own_words,
 )
 from nla_monitor.telemetry.facade import Telemetry
 
@@ -76,7 +75,6 @@ class SdkHandle:
     """Port of ``/metrics``, the real one when 0 was asked for."""
     _server: WSGIServer | None = field(default=None, repr=False)
     _tallies: list[Tally] = field(default_factory=list, repr=False)
-    _ending: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def telemetry(self, config: TelemetryConfig | None = None) -> Telemetry:
         """The facade over these providers."""
@@ -113,7 +111,6 @@ class SdkHandle:
         self._sum_up(finished=finished, timeout=timeout)
         self.tracer_provider, self.logger_provider = trace.NoOpTracerProvider(), events.NoOpLoggerProvider()
         self.meter_provider = metrics.NoOpMeterProvider()
-        self._ending.close()
         return finished
 
     def _sum_up(self, *, finished: bool, timeout: float) -> None:
@@ -146,7 +143,6 @@ def configure(service_name: str = "nla-monitor", metrics_port: int | None = None
         return SdkHandle(trace.NoOpTracerProvider(), metrics.NoOpMeterProvider(), events.NoOpLoggerProvider())
     resource = _resource(service_name)
     tallies: list[Tally] = []
-    ending = ExitStack()
     readers = [_metric_reader(name, tallies) for name in _exporters("metrics") if name != "prometheus"]
     if metrics_port is None and serve and "prometheus" in _exporters("metrics"):
         metrics_port = _prometheus_port()
@@ -161,10 +157,9 @@ def configure(service_name: str = "nla-monitor", metrics_port: int | None = None
         server.server_port if server is not None else None,
         server,
         tallies,
-        ending,
     )
     observe(handle.meter_provider, tallies)
-    ending.enter_context(own_words())
+    in_own_words()
     return handle
 
 

@@ -6,7 +6,6 @@ import logging
 import socket
 import time
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +30,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         "OTEL_EXPORTER_OTLP_TIMEOUT": "0.5",
     }.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else pytest listens at loggers that do not propagate, where no log of an application would."""
+    monkeypatch.setattr(logging.getLogger("opentelemetry.exporter.otlp"), "propagate", True)
 
 
 def dead_endpoint() -> str:
@@ -240,7 +245,16 @@ def test_the_sum_is_whole_at_any_moment(steps: list[Step], capacity: int) -> Non
     assert tally.counts["unsent"] == queued
 
 
-@pytest.fixture(autouse=True)
-def exporters_log_as_before() -> Iterator[None]:
-    yield
-    assert logging.getLogger("opentelemetry.exporter.otlp").propagate
+def test_after_a_fault_the_end_is_short_so_that_its_message_comes(
+    monkeypatch: pytest.MonkeyPatch, make_alert: Any
+) -> None:
+    with receiver(lambda *_: HANG) as found:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", found.url)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "10")
+        started = time.perf_counter()
+        handle = sdk.configure()
+        emit(handle, make_alert, 3)
+        with pytest.raises(ConfigError), handle:
+            raise ConfigError("a wrong rule")
+        assert time.perf_counter() - started < 2.5
+    assert handle.counts["traces/otlp"]["unsent"] == 3
