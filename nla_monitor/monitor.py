@@ -51,6 +51,7 @@ from nla_monitor.store.session import open_engine, prepare
 from nla_monitor.supervisor import current_folder
 from nla_monitor.telemetry import Telemetry
 from nla_monitor.transcripts import Transcripts
+from nla_monitor.untraced import untraced
 from nla_monitor.watched import Watched, layers_of, screens_of
 from nla_monitor.worker import check_pair
 
@@ -466,7 +467,7 @@ class Monitor:
 
     def _spool_samples(self, samples: Sequence[ActivationSample]) -> None:
         """Runs on the capture's own thread."""
-        with self.telemetry.capture_span(samples):
+        with untraced(), self.telemetry.capture_span(samples):
             self.spool.put(self.annotations.join(samples), unread=self._layers.stored)
 
     def _watch(self) -> None:

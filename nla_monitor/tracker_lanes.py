@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from nla_monitor.guard import Guard
+from nla_monitor.untraced import untraced
 
 logger = logging.getLogger("nla_monitor")
 
@@ -110,7 +111,7 @@ class Lane:
         while (job := self._next()) is not None:
             failed = True
             try:
-                with self._guard(self._where):
+                with self._guard(self._where), untraced():
                     job()
                     failed = False
             finally:  # also where the guard re-raises, as under test

@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Protocol
@@ -61,7 +61,7 @@ from nla_monitor.records import (
     uuid7,
 )
 from nla_monitor.rules import RuleSet, load_rules
-from nla_monitor.rules.deferred import ask_ahead, connect, unanswered, with_unjudged
+from nla_monitor.rules.deferred import ask_ahead, connect, with_unjudged
 from nla_monitor.rules.evidence_schema import CONTROLS
 from nla_monitor.spool.sql import SqlSpool
 from nla_monitor.store.judgements import SqlJudgements
@@ -70,6 +70,8 @@ from nla_monitor.store.session import open_engine, prepare
 from nla_monitor.store.surroundings import Surroundings
 from nla_monitor.store.transaction import WorkerTransaction
 from nla_monitor.telemetry import Telemetry
+from nla_monitor.telling import Telling
+from nla_monitor.untraced import untraced
 from nla_monitor.vitals import Vitals
 
 logger = logging.getLogger("nla_monitor.worker")
@@ -104,6 +106,10 @@ class _Batch:
     voided: list[Voided] = field(default_factory=list)
     exhibits: dict[tuple[str, str], _Exhibit] = field(default_factory=dict)
     """What new alerts show, by sample and rule."""
+    certified: dict[str, Mapping[str, object]] = field(default_factory=dict)
+    """What stands behind each match that counts, by match id."""
+    shown: dict[str, Reading] = field(default_factory=dict)
+    """What alerts that fired or resolved show, by alert id."""
 
     def counts(self, match: Match) -> bool:
         """Whether no control refuted the match."""
@@ -125,6 +131,7 @@ class Worker:
         NLAMonitorError: a checkpoint, rule or the database cannot be used (construction only).
     """
 
+    @untraced()
     def __init__(
         self,
         config: MonitorConfig,
@@ -153,7 +160,6 @@ class Worker:
             check_pair(self.verbalizer, self.reconstructor)
         layer = getattr(self.verbalizer, "layer", None)
         self._denominators = denominators_for(config.nla.denominator, self.verbalizer.d_model, layer)
-        self._unanswered = unanswered(self.rules.rules)
         connect(self.rules.rules, SqlJudgements(engine), d_model=self.verbalizer.d_model, layer=layer)
         around = Surroundings(engine, self.verbalizer.content_hash)
         self.controls = Controls(self.rules, self.verbalizer, self.reconstructor, neighbourhood=around)
@@ -161,6 +167,7 @@ class Worker:
         self._calibrated = LiveGuarantees(engine, self.rules, self.verbalizer.content_hash, ar_hash, run=self._run_info)
         self.telemetry = telemetry or Telemetry(config=config.telemetry)
         self.telemetry.expect_rules(self.rules.headers.values())
+        self._telling = Telling(self.telemetry, self.rules)
         headers, silence = self.rules.headers, config.alerts.stale_seconds
         self._vitals = Vitals(engine, self.telemetry, headers.values(), silence)
         self.sinks = list(sinks) if sinks is not None else sinks_of(config)
@@ -223,6 +230,7 @@ class Worker:
             return False
         return depth.waiting == 0 and depth.leased == 0
 
+    @untraced()
     def run_once(self) -> int:
         """Read one leased batch; returns how many samples it held.
 
@@ -377,6 +385,10 @@ class Worker:
         changes = judge.run(readings, counting)
         watch.save()
         batch.voided += watch.voided
+        batch.certified |= {match.match_id: watch.say(match.rule_id, match) for match in counting}
+        news = (alert for alert, event in changes if event != "updated")
+        found = {alert.alert_id: tx.reading(alert.sample_id) for alert in news}
+        batch.shown |= {alert_id: reading for alert_id, reading in found.items() if reading is not None}
         return changes
 
     def _exhibit(
@@ -444,21 +456,7 @@ class Worker:
         return _Exhibit(reading, match, supports.get(match.match_id))
 
     def _report(self, batch: _Batch) -> None:
-        by_id = {reading.sample_id: reading for reading in batch.readings}
-        for match in batch.matches:
-            if batch.counts(match):
-                self.telemetry.evaluation_event(match, by_id[match.sample_id])
-        for reading in batch.readings:
-            self.telemetry.fidelity(reading)
-        for rule_id, count in (now := unanswered(self.rules.rules)).items():
-            if count > self._unanswered[rule_id]:
-                self.telemetry.unjudged(rule_id, count - self._unanswered[rule_id])
-        self._unanswered = now
-        for voided in batch.voided:
-            logger.warning("rule %s, run %s: guarantee %s", voided.rule_id, voided.run_id, voided.says)
-            self.telemetry.guarantee_voided(voided.rule_id)
-        for alert, event in batch.changed:
-            self.telemetry.alert(alert, event, delay=time.time() - alert.fired_at)
+        self._telling.tell(batch)
         self._vitals.tick()
 
     def _deliver(self) -> None:

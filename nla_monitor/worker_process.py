@@ -36,22 +36,20 @@ def main() -> int:
         return 0
     config = MonitorConfig.model_validate_json(first)
     _be_modest(config)
-    handle = sdk.configure("nla-monitor-worker", metrics_port=config.worker.metrics_port)
     stop, finish = threading.Event(), threading.Event()
     threading.Thread(target=_wait_for_end, args=(lines, finish), name="nla-monitor-pipe", daemon=True).start()
     try:
-        worker = Worker(config, telemetry=handle.telemetry(config.telemetry))
-        logger.info("%s (pid %d)", READY, os.getpid())
-        worker.run(stop, finish)
-        worker.close()
+        with sdk.configure("nla-monitor-worker", metrics_port=config.worker.metrics_port) as handle:
+            worker = Worker(config, telemetry=handle.telemetry(config.telemetry))
+            logger.info("%s (pid %d)", READY, os.getpid())
+            worker.run(stop, finish)
+            worker.close()
     except StoreUnavailableError as error:
         logger.error("%s", error)  # noqa: TRY400 -- no fault of ours
         return 1
     except NLAMonitorError as error:
         logger.error("%s", error)  # noqa: TRY400 -- a wrong config, checkpoint or database: the message says it all
         return EXIT_REFUSED
-    finally:
-        handle.shutdown()
     return 0
 
 

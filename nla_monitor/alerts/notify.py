@@ -17,6 +17,7 @@ from nla_monitor.alerts.base import DeliveryError
 from nla_monitor.alerts.webhook import annotations_of
 from nla_monitor.errors import ConfigError, MissingExtraError
 from nla_monitor.records import Alert, AlertState, Severity
+from nla_monitor.untraced import untraced
 
 _TALKERS: Final = ("apprise", "urllib3.connectionpool", "requests_oauthlib")
 _PATIENCE: Final = 30.0
@@ -100,7 +101,7 @@ class AppriseSink:
 
     def _tell(self, message: dict[str, object], answer: Callable[[object], None]) -> None:
         """On a thread of its own: True, False, or the name of what went wrong; its text may quote the URL."""
-        with _quiet():
+        with _quiet(), untraced():
             try:
                 answer(bool(self._service.notify(**message)))
             except Exception as error:  # noqa: BLE001 -- of a plug-in

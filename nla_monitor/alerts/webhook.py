@@ -23,6 +23,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from nla_monitor.alerts.base import DeliveryError
 from nla_monitor.errors import ConfigError
 from nla_monitor.records import ENDED, Alert, AlertState
+from nla_monitor.untraced import untraced
 
 _NEVER: Final = "0001-01-01T00:00:00Z"
 _AGAIN: Final = frozenset({401, 403, 404, 407, 408, 425, 429})
@@ -106,6 +107,7 @@ class WebhookSink:
         del kind  # the alert's state says it
         self.post(payload(alert, content=self._content, external_url=self._external_url))
 
+    @untraced()
     def post(self, body: object) -> None:
         """Post something as JSON.
 

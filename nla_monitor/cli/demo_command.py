@@ -31,7 +31,10 @@ def demo(
         bool, typer.Option("--json", help="Print one line of JSON at the end; the show goes to stderr.")
     ] = False,
 ) -> None:
-    """Run the whole chain on the bundled organism: offline, on a CPU, in under three minutes."""
+    """Run the whole chain on the bundled organism: offline, on a CPU, in under three minutes.
+
+    Spans, events and metrics of both processes go where the OTEL_* variables say.
+    """
     from rich.console import Console
 
     from nla_monitor.errors import MissingExtraError
@@ -42,9 +45,12 @@ def demo(
 
     from nla_monitor.cli.demo import runner
     from nla_monitor.cli.demo.view import View
+    from nla_monitor.telemetry import sdk
 
     view = View(Console(stderr=as_json, highlight=False))
-    summary = runner.run(story.value, seed, _file(database), view)
+    file = _file(database)
+    with sdk.configure("nla-monitor-demo", serve=False) as handle:
+        summary = runner.run(story.value, seed, file, view, handle.telemetry())
     view.summary(summary)
     if as_json:
         sys.stdout.write(runner.as_json(summary) + "\n")

@@ -41,6 +41,7 @@ _EXTRAS: Final = {
     "langchain": ("langchain_core", "LangChain agents"),
     "prometheus": ("prometheus_client", "/metrics"),
     "otlp": ("opentelemetry.exporter.otlp.proto.http", "sending telemetry by OTLP"),
+    "otlp-grpc": ("opentelemetry.exporter.otlp.proto.grpc", "the same over gRPC"),
     "postgres": ("psycopg", "PostgreSQL"),
     "semantic": ("sentence_transformers", "rules with semantic selections"),
     "judge": ("httpx", "rules with an LLM judge"),

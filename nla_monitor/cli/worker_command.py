@@ -44,15 +44,15 @@ def worker(
     """Verbalize, score, match and alert. SIGTERM or Ctrl-C: the batch in hand is finished first.
 
     Any number of workers may share a database. Metrics are served on localhost; OTEL_EXPORTER_PROMETHEUS_HOST=0.0.0.0
-    lets another machine scrape them. Traces and events go where the OTEL_* variables say.
+    lets another machine scrape them. Traces and events go where the OTEL_* variables say; what of them was exported and
+    what was lost is said at the end.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = settings_of(config, database=database, av=av, ar=ar, device=device, rules=rules, port=metrics_port)
     started, done = time.monotonic(), 0
     from nla_monitor.telemetry import sdk
 
-    handle = sdk.configure("nla-monitor-worker", settings.worker.metrics_port)
-    try:
+    with sdk.configure("nla-monitor-worker", settings.worker.metrics_port) as handle:
         _calm(settings)
         from nla_monitor.worker import Worker
 
@@ -66,10 +66,9 @@ def worker(
                 done = _work(reader, stop, once=once)
             finally:
                 reader.close()
-    finally:
-        handle.shutdown()
     if as_json:
-        print_json({"read": done if once else None, "seconds": round(time.monotonic() - started, 2)})
+        seconds = round(time.monotonic() - started, 2)
+        print_json({"read": done if once else None, "seconds": seconds, "telemetry": handle.counts})
     elif once:
         sys.stdout.write(f"{done} samples read\n")
 

@@ -29,6 +29,7 @@ from nla_monitor.errors import MissingExtraError, RuleError
 from nla_monitor.records import Judgement
 from nla_monitor.rules.deferred import UnreachableError
 from nla_monitor.rules.section import Section
+from nla_monitor.untraced import untraced
 
 EXTRA: Final = "judge"
 PROMPT_VERSION: Final = 1
@@ -179,6 +180,7 @@ class JudgeOracle:
         # It answered each time, only not in a way that can be read: an answer of a kind, to be remembered.
         return Judgement(self.kind, "unclear", "", None, self._spec.model)
 
+    @untraced()  # in each of the pool's threads
     def _post(self, client: Any, text: str) -> str:
         import httpx  # noqa: PLC0415 -- optional extra, there as ask() has checked
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from nla_monitor.errors import ConfigError, MissingExtraError
 from nla_monitor.sources.recorded import SkipError
+from nla_monitor.untraced import untraced
 
 try:
     import httpx
@@ -85,6 +86,7 @@ class CompletionsClient:
             self._model = names[0]
         return self._model
 
+    @untraced()
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         last = ""
         for pause in (*_PAUSES, None):

@@ -25,6 +25,7 @@ from sqlalchemy.engine import URL, make_url
 
 from nla_monitor.errors import ConfigError, MissingExtraError, StoreUnavailableError
 from nla_monitor.store.faults import mapped, shown
+from nla_monitor.untraced import untraced
 
 logger = logging.getLogger("nla_monitor.store")
 
@@ -51,7 +52,7 @@ def open_engine(url: str | URL, *, read_only: bool = False, in_process: bool = F
     engine = _sqlite(parsed, read_only, in_process) if is_sqlite(parsed) else _server(parsed, read_only)
     _ENGINES.add(engine)
     try:
-        with mapped(parsed), engine.connect() as connection:
+        with untraced(), mapped(parsed), engine.connect() as connection:
             # Reads a page: a file that is no database is only noticed then.
             connection.execute(text("SELECT 1 FROM sqlite_master" if is_sqlite(parsed) else "SELECT 1")).all()
     except BaseException:
@@ -73,7 +74,7 @@ def in_memory(url: URL) -> bool:
 @contextmanager
 def read(engine: Engine) -> Iterator[Connection]:
     """A connection for reading, in one consistent transaction; driver exceptions become ours."""
-    with mapped(engine.url), engine.connect() as connection, connection.begin():
+    with untraced(), mapped(engine.url), engine.connect() as connection, connection.begin():
         yield connection
 
 
@@ -85,7 +86,7 @@ def write(engine: Engine, *, foreign_keys: bool = True) -> Iterator[Connection]:
         engine: from ``open_engine``.
         foreign_keys: False lets SQLite rebuild tables in this transaction; for schema changes only.
     """
-    with mapped(engine.url), engine.connect() as plain, _foreign_keys(plain, foreign_keys):
+    with untraced(), mapped(engine.url), engine.connect() as plain, _foreign_keys(plain, foreign_keys):
         connection = plain.execution_options(**{_WRITE: True})
         with connection.begin():
             yield connection

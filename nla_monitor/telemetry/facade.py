@@ -6,20 +6,27 @@ method raises: a fault of a provider, processor or exporter is logged once and c
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Final
 
 from opentelemetry import metrics, trace
 
 from nla_monitor import semconv
 from nla_monitor.config import TelemetryConfig
 from nla_monitor.guard import Guard
-from nla_monitor.records import ActivationSample, Alert, Match, Phase, Reading, RuleHeader
-from nla_monitor.telemetry import events
+from nla_monitor.records import ActivationSample, Alert, Match, Phase, Reading, RuleHeader, Support
+from nla_monitor.telemetry import bounded, events
 from nla_monitor.telemetry.metrics import Instruments
 from nla_monitor.telemetry.spans import Spans, source_context
+
+logger = logging.getLogger("nla_monitor.telemetry")
+
+CLOCK_TOLERANCE: Final = 0.05
+"""Seconds by which clocks of two hosts may differ without a word: what NTP keeps within a site."""
 
 
 def _version() -> str:
@@ -54,9 +61,12 @@ class Telemetry:
         scope: dict[str, Any] = {"schema_url": semconv.SCHEMA_URL}
         tracer = trace.get_tracer(semconv.SCOPE, _version(), tracer_provider, **scope)
         self._spans = Spans(tracer, self._guard, config.parent)
-        self._metrics = Instruments(metrics.get_meter(semconv.SCOPE, _version(), meter_provider, **scope))
+        meter = metrics.get_meter(semconv.SCOPE, _version(), meter_provider, **scope)
+        guard = self._guard
+        self._metrics = Instruments(meter, lambda: guard.faults)
         self._events = events.get_logger(semconv.SCOPE, _version(), logger_provider, **scope)
         self._content = events.CapturedContent.from_environment()
+        self._skew_said = False
 
     @property
     def faults(self) -> dict[str, int]:
@@ -107,43 +117,76 @@ class Telemetry:
 
     # -- matches and alerts ------------------------------------------------------------------------------------
 
-    def evaluation_event(self, match: Match, reading: Reading) -> None:
-        """A rule matched: one event in the source's context, one count."""
+    def evaluation_event(
+        self,
+        match: Match,
+        reading: Reading,
+        support: Support | None = None,
+        calibration: Mapping[str, object] | None = None,
+    ) -> None:
+        """A rule matched: one event in the source's context, one count.
+
+        Args:
+            match: the match.
+            reading: that met the rule.
+            support: what the controls measured of it.
+            calibration: what stands behind the rule, as ``Alert.calibration``.
+        """
         with self._guard("telemetry.match"):
             source = source_context(reading.sample.traceparent)
-            self._metrics.matches.add(1, {semconv.ATTR_RULE: match.rule_id}, context=source)
-            attributes = events.match_attributes(match, reading)
+            self._metrics.matches.add(1, {semconv.ATTR_RULE: bounded.name(match.rule_id)}, context=source)
+            attributes = events.match_attributes(match, reading, support, calibration)
             if self._content.events:
-                attributes[semconv.EVALUATION_EXPLANATION] = reading.explanation.text
+                attributes[semconv.EVALUATION_EXPLANATION] = bounded.content(reading.explanation.text)
             events.emit_evaluation(self._events, match.severity, attributes, source)
 
-    def alert(self, alert: Alert, event: str, delay: float | None = None) -> None:
+    def alert(self, alert: Alert, event: str, delay: float | None = None, reading: Reading | None = None) -> None:
         """An alert fired, was updated or resolved.
 
         Args:
             alert: as saved.
             event: ``fired`` (counted, span, event), ``resolved`` (span, event) or ``updated`` (nothing: no news).
-            delay: seconds from the capture of the exhibit to the alert.
+            delay: seconds from the capture of the exhibit to the alert; below 0 where the clocks of the two hosts
+                disagree, which is counted, said once in the log, and recorded as 0.
+            reading: that the alert shows; says which checkpoints read it.
         """
         if event == "updated":
             return
         with self._guard("telemetry.alert"):
             source = source_context(alert.traceparent)
-            labels = {semconv.ATTR_RULE: alert.rule_id, semconv.ATTR_SEVERITY: alert.severity.value}
+            severity = {semconv.ATTR_SEVERITY: alert.severity.value}
             if event == "fired":
+                labels = {semconv.ATTR_RULE: bounded.name(alert.rule_id), **severity}
                 self._metrics.alerts.add(1, labels, context=source)
                 if delay is not None:
-                    self._metrics.detection_delay.record(max(delay, 0.0), labels, context=source)
-        self.alert_event(alert)
+                    # A histogram by rule would be seventeen series for each of them.
+                    self._metrics.detection_delay.record(max(delay, 0.0), severity, context=source)
+                    self._skewed(delay)
+        self.alert_event(alert, reading)
 
-    def alert_event(self, alert: Alert) -> None:
+    def _skewed(self, delay: float) -> None:
+        """Count an alert from the future, and say so once."""
+        if delay >= -CLOCK_TOLERANCE:
+            return
+        self._metrics.skewed.add(1)
+        if not self._skew_said:
+            self._skew_said = True
+            logger.warning(
+                "an alert was captured %.1f s after it fired: the clocks of host and worker disagree, and delays are "
+                "wrong by as much; let both keep time (NTP)",
+                -delay,
+            )
+
+    def alert_event(self, alert: Alert, reading: Reading | None = None) -> None:
         """The span ``nla_monitor.alert`` and the evaluation event of an alert, without counting it."""
-        attributes = events.alert_attributes(alert)
+        attributes: events.Attributes = {}
+        with self._guard("telemetry.alert"):
+            attributes = events.alert_attributes(alert, reading)
         on_span, on_event = dict(attributes), dict(attributes)
         if self._content.spans:
-            on_span[semconv.EVALUATION_EXPLANATION] = alert.explanation
+            on_span[semconv.EVALUATION_EXPLANATION] = bounded.content(alert.explanation)
         if self._content.events:
-            on_event[semconv.EVALUATION_EXPLANATION] = alert.explanation
+            on_event[semconv.EVALUATION_EXPLANATION] = bounded.content(alert.explanation)
         with (
             self._spans.about(semconv.SPAN_ALERT, semconv.OPERATION_ALERT, [alert.traceparent], on_span),
             self._guard("telemetry.alert"),
@@ -154,7 +197,7 @@ class Telemetry:
     def unjudged(self, rule_id: str, count: int) -> None:
         """A rule's judge or classifier could not be asked about so many readings."""
         with self._guard("telemetry.unjudged"):
-            self._metrics.unjudged.add(count, {semconv.ATTR_RULE: rule_id})
+            self._metrics.unjudged.add(count, {semconv.ATTR_RULE: bounded.name(rule_id)})
 
     def delivery(self, sink: str, outcome: str) -> None:
         """Count a post about an alert: ``delivered``, ``failed`` (tried again perhaps) or ``refused`` (for good)."""
@@ -171,13 +214,13 @@ class Telemetry:
     def guarantee_voided(self, rule_id: str) -> None:
         """Drift has ended what a rule's calibration promised for a run."""
         with self._guard("telemetry.guarantee"):
-            self._metrics.voided.add(1, {semconv.ATTR_RULE: rule_id})
+            self._metrics.voided.add(1, {semconv.ATTR_RULE: bounded.name(rule_id)})
 
     def expect_rules(self, headers: Iterable[RuleHeader]) -> None:
         """Start every rule's counters at 0, so that a rate over the first alert is not lost."""
         with self._guard("telemetry.rules"):
             for header in headers:
-                labels = {semconv.ATTR_RULE: header.rule_id}
+                labels = {semconv.ATTR_RULE: bounded.name(header.rule_id)}
                 self._metrics.matches.add(0, labels)
                 self._metrics.voided.add(0, labels)
                 self._metrics.unjudged.add(0, labels)
@@ -195,14 +238,14 @@ class Telemetry:
     def dropped(self, reason: str, count: int) -> None:
         """``count`` sampled activations will not be stored."""
         with self._guard("telemetry.dropped"):
-            self._metrics.dropped.add(count, {semconv.ATTR_REASON: reason})
+            self._metrics.dropped.add(count, {semconv.ATTR_REASON: bounded.name(reason)})
 
     def fault(self, where: str, error: BaseException | None = None) -> None:
         """A fault of the monitor was swallowed at the host boundary; fits ``Guard(on_fault=telemetry.fault)``."""
         with self._guard("telemetry.fault"):
-            labels = {semconv.ATTR_PLACE: where}
+            labels = {semconv.ATTR_PLACE: bounded.name(where)}
             if error is not None:
-                labels[semconv.ERROR_TYPE] = type(error).__qualname__
+                labels[semconv.ERROR_TYPE] = bounded.name(type(error).__qualname__)
             self._metrics.faults.add(1, labels)
 
     def verbalized(self, count: int, outcome: str, seconds: float) -> None:
@@ -221,11 +264,12 @@ class Telemetry:
     def fidelity(self, reading: Reading) -> None:
         """The FVE of one reading, where a denominator is known."""
         with self._guard("telemetry.fidelity"):
-            if reading.fidelity is not None and reading.fidelity.fve is not None:
+            fve = None if reading.fidelity is None else reading.fidelity.fve
+            if fve is not None and math.isfinite(fve):  # one NaN would be the histogram's sum for ever
                 source = source_context(reading.sample.traceparent)
                 labels = {semconv.ATTR_PHASE: reading.sample.phase.value}
-                self._metrics.fve.record(reading.fidelity.fve, labels, context=source)
-                self._metrics.unexplained.record(max(1.0 - reading.fidelity.fve, 0.0), labels, context=source)
+                self._metrics.fve.record(fve, labels, context=source)
+                self._metrics.unexplained.record(max(1.0 - fve, 0.0), labels, context=source)
 
     def queue_size(self, count: int) -> None:
         """``count`` activations wait for a worker or are in its hands."""
@@ -241,7 +285,7 @@ class Telemetry:
             labels: of few values only.
         """
         with self._guard("telemetry.level"):
-            self._metrics.levels[metric].set(value, labels or {})
+            self._metrics.levels[metric].set(value, {key: bounded.name(one) for key, one in (labels or {}).items()})
 
     def capture_duration(self, seconds: float) -> None:
         """Host time that one sampled forward pass cost."""
@@ -261,5 +305,5 @@ def _batch_attributes(samples: Sequence[ActivationSample]) -> dict[str, Any]:
     ):
         common = values.pop() if len(values) == 1 else None
         if common is not None:
-            attributes[key] = common
+            attributes[key] = bounded.name(common) if isinstance(common, str) else common
     return attributes

@@ -6,9 +6,10 @@ values only (rule, severity, reason, outcome, phase): never a run, step, token o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from opentelemetry.metrics import Meter
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
 from nla_monitor import semconv
 
@@ -39,9 +40,20 @@ LEVELS: Final = (
 
 
 class Instruments:
-    """All instruments of one meter."""
+    """All instruments of one meter.
 
-    def __init__(self, meter: Meter) -> None:
+    Args:
+        meter: makes them.
+        faults: of telemetry itself, by place; read whenever metrics are collected.
+    """
+
+    def __init__(self, meter: Meter, faults: Callable[[], Mapping[str, int]]) -> None:
+        def swallowed(_: CallbackOptions) -> Iterable[Observation]:
+            return [Observation(count, {semconv.ATTR_PLACE: place}) for place, count in faults().items()]
+
+        meter.create_observable_counter(
+            semconv.METRIC_TELEMETRY_FAULTS, [swallowed], "{fault}", "Faults of telemetry itself, by place"
+        )
         self.sampled = meter.create_counter(
             semconv.METRIC_SAMPLED, "{activation}", "Activations sampled in the host process"
         )
@@ -63,8 +75,11 @@ class Instruments:
         self.detection_delay = meter.create_histogram(
             semconv.METRIC_DETECTION_DELAY,
             "s",
-            "Time from capture to alert",
+            "Time from capture to alert, by severity",
             explicit_bucket_boundaries_advisory=DELAY_SECONDS,
+        )
+        self.skewed = meter.create_counter(
+            semconv.METRIC_CLOCK_SKEWED, "{alert}", "Alerts captured later than they fired: the hosts' clocks disagree"
         )
         self.queue_size = meter.create_gauge(
             semconv.METRIC_QUEUE_SIZE, "{activation}", "Activations waiting for a worker or in its hands"

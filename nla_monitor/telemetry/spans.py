@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Literal
 
 from opentelemetry import trace
@@ -32,6 +33,7 @@ def current_traceparent() -> str | None:
     return carrier.get("traceparent")
 
 
+@lru_cache(maxsize=1024)
 def source_context(traceparent: str | None) -> Context | None:
     """The context of a source span; None when there is none or the text is no valid ``traceparent``."""
     if not traceparent:

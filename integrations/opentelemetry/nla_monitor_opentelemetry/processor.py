@@ -111,10 +111,11 @@ class NLASpanProcessor(SpanProcessor):
         """A span has ended: only now some instrumentations say what it was."""
         with self._monitor.guard("opentelemetry.on_end"):
             context = span.get_span_context()
-            if context is None:
+            scope = "" if span.instrumentation_scope is None else span.instrumentation_scope.name
+            if context is None or scope == semconv.SCOPE:
                 return
             said = span.attributes or {}
-            kind = told.kind_of(said, "" if span.instrumentation_scope is None else span.instrumentation_scope.name)
+            kind = told.kind_of(said, scope)
             tool = None
             if kind is Kind.TOOL:
                 tool = ToolResult(told.tool_of(said) or span.name, key_of(context), told.tool_call_of(said))

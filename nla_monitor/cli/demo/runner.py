@@ -19,13 +19,21 @@ from nla_monitor.errors import WorkerError
 from nla_monitor.monitor import Monitor
 from nla_monitor.organism import load_target
 from nla_monitor.records import Alert, Phase
+from nla_monitor.telemetry import Telemetry
 
 RULE = "reward-hacking"
 READ_TIMEOUT_SECONDS = 150.0
 
 
-def run(name: str, seed: int, database: Path, view: View) -> Summary:
+def run(name: str, seed: int, database: Path, view: View, telemetry: Telemetry | None = None) -> Summary:
     """Run the story called ``name`` and return its figures.
+
+    Args:
+        name: of the story.
+        seed: decides the data.
+        database: SQLite file that keeps it.
+        view: the show.
+        telemetry: where the host's spans and metrics go; its worker process configures its own.
 
     Raises:
         NLAMonitorError: the database cannot be used, an extra is missing, or the worker could not read in time.
@@ -37,7 +45,7 @@ def run(name: str, seed: int, database: Path, view: View) -> Summary:
     torch.set_num_threads(1)  # the other core belongs to the worker
     torch.manual_seed(seed)
     view.opening(story, str(database))
-    with Monitor(_config(story, seed, database)) as monitor:
+    with Monitor(_config(story, seed, database), telemetry=telemetry) as monitor:
         monitor.on_alert(view.alert)
         model, tokenizer = load_target()
         scene = Scene(story, seed, model, tokenizer, monitor, view)

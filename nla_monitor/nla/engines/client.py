@@ -24,6 +24,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from nla_monitor.config import NLAConfig
 from nla_monitor.errors import ConfigError, EngineError, EngineRefusedError, EngineUnavailableError
+from nla_monitor.untraced import untraced
 
 T = TypeVar("T")
 
@@ -169,7 +170,8 @@ class Client:
 
     async def _send(self, client: httpx.AsyncClient, method: str, path: str, body: bytes | None = None) -> bytes:
         try:
-            response = await client.request(method, path, content=body)
+            with untraced():
+                response = await client.request(method, path, content=body)
         except httpx.HTTPError as error:
             raise _PassingError(f"cannot be reached or broke off: {type(error).__name__}") from error
         status = response.status_code

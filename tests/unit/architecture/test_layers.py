@@ -10,7 +10,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "nla_monitor"
 
-LEAVES = {"records", "errors", "config", "semconv", "guard", "ranks", "breathing", "leaving", "mixing", "outlet_config"}
+LEAVES = {
+    "records",
+    "errors",
+    "config",
+    "outlet_config",
+    "semconv",
+    "guard",
+    "ranks",
+    "breathing",
+    "leaving",
+    "mixing",
+    "untraced",
+}
 STAGES = {"capture", "spool", "nla", "rules", "evidence", "alerts", "store", "telemetry", "organism"}
 ROOTS = {"monitor", "worker"}
 # Leaf-like exceptions, each with its reason.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 
 import pytest
 from opentelemetry import trace
+from opentelemetry.metrics import NoOpMeter, NoOpMeterProvider
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 import nla_monitor.telemetry
+from nla_monitor import semconv
 from nla_monitor.config import TelemetryConfig
 from nla_monitor.guard import Guard
-from nla_monitor.records import AlertState, RuleHeader, Severity
-from nla_monitor.telemetry import Telemetry, current_traceparent
+from nla_monitor.records import AgentContext, AlertState, RuleHeader, Severity, Support
+from nla_monitor.telemetry import Telemetry, current_traceparent, delivery
+from nla_monitor.telemetry.metrics import Instruments
 
 TRACE_A, SPAN_A = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACE_B, SPAN_B = "1bf7651916cd43dd8448eb211c80319c", "c7ad6b7169203331"
@@ -182,8 +186,199 @@ def test_a_fired_alert_is_a_linked_span_an_event_a_count_and_a_delay(
     labels = {"nla_monitor.rule.id": "evaluation-awareness", "nla_monitor.severity": "high"}
     assert [(point.value, dict(point.attributes)) for point in points["nla_monitor.alerts"]] == [(1, labels)]
     (delay,) = points["nla_monitor.detection.delay"]
-    assert (delay.sum, delay.count, dict(delay.attributes)) == (3.0, 1, labels)
+    assert (delay.sum, delay.count, dict(delay.attributes)) == (3.0, 1, {"nla_monitor.severity": "high"})
     assert f"{delay.exemplars[0].span_id:016x}" == SPAN_A, "the exemplar leads from the number to the source span"
+
+
+CALIBRATION = {
+    "status": "certified",
+    "says": "certified: SECRET-WORDS",
+    "set": "benign",
+    "calibration_id": "calibration-1",
+    "alpha": 0.01,
+    "sequences": 299,
+    "fpr_upper": 0.00997,
+    "confidence": 0.95,
+    "p_value": 0.0033,
+    "threshold": None,
+    "run": {"e_value": 3.0},
+}
+CALIBRATED = {
+    "nla_monitor.calibration.status": "certified",
+    "nla_monitor.calibration.id": "calibration-1",
+    "nla_monitor.calibration.set": "benign",
+    "nla_monitor.calibration.sequences": 299,
+    "nla_monitor.calibration.alpha": 0.01,
+    "nla_monitor.calibration.fpr_upper": 0.00997,
+    "nla_monitor.calibration.confidence": 0.95,
+    "nla_monitor.calibration.p_value": 0.0033,
+}
+
+
+def test_an_alert_carries_checkpoints_evidence_and_guarantee_on_its_span_and_event(
+    backend: Any, make_alert: Callable[..., Any], make_reading: Callable[..., Any]
+) -> None:
+    evidence = {
+        "recurrence": {"readings": 4, "sequences": 2, "positions": 4, "steps": 3, "needed": 3},
+        "raw_norm": 12.5,
+        "swap_margin": {"exhibit": 0.21, "median": 0.2, "measured": 3, "required": {"min": 0.02}, "passed": True},
+        "echo": {"exhibit": 0.6, "required": {"max": 0.5}, "passed": False},
+        "claim_probability": {"required": {"min": 0.3}},
+        "not_run": {"claim_probability": "SECRET-REASON"},
+        "proxy": True,
+    }
+    alert = make_alert(evidence=evidence, calibration=CALIBRATION)
+    backend.telemetry().alert(alert, "fired", 1.0, make_reading())
+    (span,), (record,) = backend.spans(), backend.events()
+    wanted = {
+        "nla_monitor.rule.id": "evaluation-awareness",
+        "nla_monitor.rule.version": "v-abc",
+        "nla_monitor.av.hash": "av-hash",
+        "nla_monitor.ar.hash": "ar-hash",
+        "nla_monitor.fidelity.cosine": 0.93,
+        "nla_monitor.fidelity.fve": 0.71,
+        "nla_monitor.fidelity.denominator": "train-corpus",
+        "nla_monitor.evidence.swap_margin": 0.21,
+        "nla_monitor.evidence.echo": 0.6,
+        "nla_monitor.evidence.failed": ("echo",),
+        "nla_monitor.evidence.not_run": ("claim_probability",),
+        "nla_monitor.evidence.readings": 4,
+        "nla_monitor.evidence.proxy": True,
+        **CALIBRATED,
+    }
+    for attributes in (span.attributes, record.attributes):
+        assert {key: attributes.get(key) for key in wanted} == wanted
+        assert "SECRET" not in str(dict(attributes))
+        assert not any(key.startswith("nla_monitor.evidence.claim") for key in attributes), "never invented"
+
+
+def test_a_match_carries_what_its_controls_measured_and_its_guarantee(
+    backend: Any, make_match: Callable[..., Any], make_reading: Callable[..., Any]
+) -> None:
+    support = Support(
+        "m", supported=True, controls={"swap_margin": 0.4, "norm": 1.1}, not_run={"agreement": "SECRET"}, score=0.4
+    )
+    backend.telemetry().evaluation_event(make_match(), make_reading(), support, CALIBRATION)
+    (record,) = backend.events()
+    wanted = {
+        "nla_monitor.evidence.swap_margin": 0.4,
+        "nla_monitor.evidence.norm": 1.1,
+        "nla_monitor.evidence.not_run": ("agreement",),
+        **CALIBRATED,
+    }
+    assert {key: record.attributes.get(key) for key in wanted} == wanted
+    assert "SECRET" not in str(dict(record.attributes))
+
+
+def test_an_alert_from_the_future_is_counted_said_once_and_delayed_by_nothing(
+    backend: Any, make_alert: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The host's clock is ahead of the worker's."""
+    telemetry = backend.telemetry()
+    for delay in (-30.0, -3600.0, -0.001, 2.0):
+        telemetry.alert(make_alert(), "fired", delay)
+    points = backend.points()
+    assert points["nla_monitor.clock.skewed"][0].value == 2
+    (delay,) = points["nla_monitor.detection.delay"]
+    assert (delay.sum, delay.count, delay.min) == (2.0, 4, 0.0)
+    assert caplog.text.count("clocks of host and worker disagree") == 1
+    assert "30.0 s" in caplog.text
+
+
+HOSTILE = 'quote " back\\slash new\nline tab\t emoji 🧨 zero\0 half \ud800 '
+
+
+def test_hostile_and_endless_names_are_bounded_and_stay_apart(
+    backend: Any, make_alert: Callable[..., Any], make_sample: Callable[..., Any]
+) -> None:
+    telemetry = backend.telemetry()
+    long = HOSTILE + "x" * 10_000
+    for rule_id in (HOSTILE, long + "1", long + "2"):
+        telemetry.alert(make_alert(rule_id=rule_id, explanation="e" * 20_000), "fired", 1.0)
+    with telemetry.verbalize_span([make_sample(run_id=long, agent=AgentContext("a", conversation_id=long))]):
+        pass
+    rules = {point.attributes["nla_monitor.rule.id"] for point in backend.points()["nla_monitor.alerts"]}
+    assert len(rules) == 3
+    values = [value for span in backend.spans() for value in span.attributes.values() if isinstance(value, str)]
+    for value in [*rules, *values]:
+        assert len(value) <= 200
+        value.encode()
+    assert any(value.startswith('quote " back') for value in values)
+
+
+def test_content_is_bounded_where_it_is_let_through(
+    backend: Any, make_alert: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT", "SPAN_AND_EVENT")
+    backend.telemetry().alert(make_alert(explanation="e\ud800" * 20_000), "fired", 1.0)
+    for holder in (backend.spans()[0], backend.events()[0]):
+        text = holder.attributes["gen_ai.evaluation.explanation"]
+        assert len(text) == 8192
+        text.encode()
+
+
+def test_a_fidelity_that_is_no_number_does_not_spoil_the_sum(backend: Any, make_reading: Callable[..., Any]) -> None:
+    telemetry = backend.telemetry()
+    for fve in (math.nan, math.inf, 0.5):
+        telemetry.fidelity(make_reading(fve=fve))
+    (point,) = backend.points()["nla_monitor.fidelity.fve"]
+    assert (point.sum, point.count) == (0.5, 1)
+
+
+def test_faults_of_telemetry_itself_are_counted(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    monkeypatch.delenv("NLA_MONITOR_STRICT", raising=False)
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(Exploding(at="end"))
+    telemetry = Telemetry(provider, backend.meter_provider)
+    with telemetry.evaluate_span(1):
+        pass
+    (point,) = backend.points()["nla_monitor.telemetry.faults"]
+    assert (point.value, dict(point.attributes)) == (1, {"place": "telemetry.span"})
+
+
+def test_every_instrument_says_its_unit_and_what_it_counts() -> None:
+    """And every histogram of ours its own boundaries: the default ones begin at 5."""
+    made: list[tuple[str, str, str, str, Any]] = []
+
+    class Recording(NoOpMeter):
+        def _note(self, kind: str, name: str, unit: str, description: str, bounds: Any = None) -> None:
+            made.append((kind, name, unit, description, bounds))
+
+        def create_counter(self, name: str, unit: str = "", description: str = "") -> Any:
+            self._note("counter", name, unit, description)
+            return super().create_counter(name, unit, description)
+
+        def create_gauge(self, name: str, unit: str = "", description: str = "") -> Any:
+            self._note("gauge", name, unit, description)
+            return super().create_gauge(name, unit, description)
+
+        def create_observable_counter(
+            self, name: str, callbacks: Any = None, unit: str = "", description: str = ""
+        ) -> Any:
+            self._note("counter", name, unit, description)
+            return super().create_observable_counter(name, callbacks, unit, description)
+
+        def create_histogram(
+            self, name: str, unit: str = "", description: str = "", *, explicit_bucket_boundaries_advisory: Any = None
+        ) -> Any:
+            self._note("histogram", name, unit, description, explicit_bucket_boundaries_advisory)
+            return super().create_histogram(name, unit, description)
+
+    class Provider(NoOpMeterProvider):
+        def get_meter(self, *_: Any, **__: Any) -> Any:
+            return Recording("test")
+
+    Instruments(Recording("test"), dict)
+    delivery.observe(Provider(), [])
+    names = {value for key, value in vars(semconv).items() if key.startswith("METRIC_")}
+    assert {name for _, name, *_ in made} == names
+    for kind, name, unit, description, bounds in made:
+        assert unit, name
+        assert len(description) > 10, name
+        assert not name.endswith("total")
+        if kind == "histogram":
+            assert bounds, name
+            assert list(bounds) == sorted(set(bounds))
 
 
 def test_an_alert_without_a_source_has_its_event_in_its_own_span(backend: Any, make_alert: Callable[..., Any]) -> None:
@@ -413,9 +608,24 @@ def test_by_default_the_global_providers_are_used_and_none_is_set() -> None:
 def test_library_code_depends_on_the_api_only() -> None:
     folder = Path(nla_monitor.telemetry.__file__).parent
     for path in folder.glob("*.py"):
-        if path.name == "sdk.py":
+        if path.name in {"sdk.py", "delivery.py"}:  # the second is the first one's
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             module = node.module if isinstance(node, ast.ImportFrom) else None
             assert not (module or "").startswith(("opentelemetry.sdk", "opentelemetry.exporter")), path
+            assert module not in {"nla_monitor.telemetry.sdk", "nla_monitor.telemetry.delivery"}, path
             assert not (isinstance(node, ast.Attribute) and node.attr.startswith("set_tracer_provider")), path
+
+
+def test_spans_are_made_in_one_place_only() -> None:
+    """Where each of them gets its ``gen_ai`` key; a span made elsewhere would vanish in Langfuse."""
+    root = Path(nla_monitor.telemetry.__file__).parents[2]
+    makers = {"start_span", "start_as_current_span"}
+    found = {
+        path.relative_to(root).as_posix()
+        for folder in ("nla_monitor", "integrations")
+        for path in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in makers
+    }
+    assert found == {"nla_monitor/telemetry/spans.py"}

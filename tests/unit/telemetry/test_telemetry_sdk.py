@@ -120,10 +120,12 @@ def test_a_wrong_variable_is_named_with_its_valid_values(
         sdk.configure()
 
 
-def test_a_missing_exporter_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("protocol", "extra"), [("http/protobuf", "otlp"), ("grpc", "otlp-grpc")])
+def test_a_missing_exporter_names_its_extra(monkeypatch: pytest.MonkeyPatch, protocol: str, extra: str) -> None:
     monkeypatch.setattr(sdk, "entry_points", lambda **_: ())
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
-    with pytest.raises(MissingExtraError, match=r"nla-monitor\[otlp\]"):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
+    with pytest.raises(MissingExtraError, match=rf"nla-monitor\[{extra}\]"):
         sdk.configure()
 
 
