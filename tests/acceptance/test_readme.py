@@ -25,6 +25,7 @@ TOOLS = Path(sys.executable).parent
 
 AGENT_GUIDE = (ROOT / "integrations" / "README.md").read_text(encoding="utf-8")
 SOURCES_GUIDE = (ROOT / "nla_monitor" / "sources" / "README.md").read_text(encoding="utf-8")
+STACK_GUIDE = (ROOT / "integrations" / "STACK.md").read_text(encoding="utf-8")
 CAPTURE_GUIDE = (ROOT / "nla_monitor" / "capture" / "README.md").read_text(encoding="utf-8")
 
 
@@ -107,6 +108,25 @@ def test_the_agent_guide_runs(tmp_path: Path) -> None:
         assert "a person (ada) said block" in done.stdout or "written to conversations.html" in done.stderr
 
 
+def test_the_stack_guide_runs(tmp_path: Path) -> None:
+    """Its Python makes all four spans, its commands write and print, its configs are valid."""
+    spans = set(re.findall(r"^\| `(nla_monitor\.\w+)` \|", STACK_GUIDE, flags=re.MULTILINE))
+    (code,) = blocks("python", STACK_GUIDE)
+    run_blocks(
+        tmp_path,
+        f"```python\n{code}assert set({sorted(spans)}) < {{span.name for span in spans.get_finished_spans()}}\n```\n",
+    )
+    for command in "".join(blocks("sh", STACK_GUIDE)).splitlines():
+        words = [str(TOOLS / "nla-monitor"), *shlex.split(command)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "monitoring" / "prometheus").is_dir()
+    for number, block in enumerate(blocks("yaml", STACK_GUIDE)):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(block, encoding="utf-8")
+        assert load_config(file).alerts.alertmanager or load_config(file).alerts.phoenix
+
+
 @pytest.mark.parametrize("line", "".join(blocks("yaml", SOURCES_GUIDE)).splitlines())
 def test_configs_of_the_sources_guide_are_valid(line: str, tmp_path: Path) -> None:
     """The one that is shown and those that are commented out."""
@@ -117,7 +137,7 @@ def test_configs_of_the_sources_guide_are_valid(line: str, tmp_path: Path) -> No
 
 def test_links_lead_somewhere() -> None:
     """Relative links of README, ARCHITECTURE and guides name files that exist; so do the paths in the map."""
-    guides = [ROOT / "integrations" / "README.md", *(ROOT / "nla_monitor").glob("*/README.md")]
+    guides = [*(ROOT / "integrations").glob("*.md"), *(ROOT / "nla_monitor").glob("*/README.md")]
     for guide in guides:
         for target in re.findall(r"\]\(([^)#:]+)\)", guide.read_text(encoding="utf-8")):
             assert (guide.parent / target).exists(), (guide, target)
