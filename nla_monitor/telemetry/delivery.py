@@ -13,7 +13,9 @@ receiver may have it. Metrics are cumulative: a lost export of theirs is made go
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any, Final, Literal
@@ -49,6 +51,13 @@ class Tally:
         self.signal = signal
         self.exporter = exporter
         self._capacity = capacity
+        self._begin()
+        if hasattr(os, "register_at_fork"):
+            begin = weakref.WeakMethod(self._begin)
+            os.register_at_fork(after_in_child=lambda: (found := begin()) and found())
+
+    def _begin(self) -> None:
+        """From nothing; also in the child of a fork, where the SDK forgets its queue and the lock may never be free."""
         self._lock = threading.Lock()
         self._emitted = 0
         self._queued = 0

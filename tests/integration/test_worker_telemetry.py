@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from nla_monitor.cli.app import app
@@ -74,3 +76,26 @@ def test_one_batch_leaves_linked_spans_events_in_the_sources_metrics_and_an_aler
     page = CliRunner().invoke(app, ["alerts", "show", alert["alert_id"], "--database", database]).stdout
     assert f"»{QUOTE}«" in page
     assert f"trace        {1:032x}" in page or f"{fired.trace_id:032x}" in page
+
+
+def test_a_host_whose_clock_is_ahead_makes_no_negative_delay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "rule.yaml").write_text(RULE)
+    config = load_config({"database": f"sqlite:///{tmp_path / 'w.db'}", "rules": [str(tmp_path / "rule.yaml")]})
+    with in_memory_backend() as backend:
+        worker = Worker(
+            config,
+            verbalizer=FakeVerbalizer([f"It intends to {QUOTE}."]),
+            reconstructor=FakeReconstructor(0.9),
+            telemetry=backend.telemetry(),
+            sinks=[],
+        )
+        ahead = time.time() + 3600
+        SqlSpool(worker.repository.engine).put([sample(number, 1, captured_at=ahead) for number in range(3)])
+        worker.run_once()
+        points = backend.points()
+        worker.close()
+    assert [point.value for point in points["nla_monitor.clock.skewed"]] == [1]
+    (delay,) = points["nla_monitor.detection.delay"]
+    assert (delay.sum, dict(delay.attributes)) == (0.0, {"nla_monitor.severity": "high"})
+    assert points["nla_monitor.queue.age"][0].value >= 0
+    assert "let both keep time (NTP)" in caplog.text

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 import urllib.request
+from signal import SIGKILL
 from typing import Any
 
 import pytest
@@ -258,3 +260,24 @@ def test_after_a_fault_the_end_is_short_so_that_its_message_comes(
             raise ConfigError("a wrong rule")
         assert time.perf_counter() - started < 2.5
     assert handle.counts["traces/otlp"]["unsent"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_the_child_of_a_fork_counts_anew_and_has_its_queue_to_itself() -> None:
+    tally = Tally("traces", "otlp", capacity=3)
+    for _ in range(5):
+        tally.enter()
+    tally._lock.acquire()  # some thread of the parent was just counting
+    child = os.fork()
+    if child == 0:
+        found = [tally.enter() for _ in range(4)]
+        os._exit(0 if found == [True, True, True, False] and tally.counts["emitted"] == 4 else 1)
+    tally._lock.release()
+    deadline = time.monotonic() + 10
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, SIGKILL)
+        time.sleep(0.01)
+    assert ended[1] == 0
+    assert tally.counts["emitted"] == 5
