@@ -114,7 +114,7 @@ def test_the_stack_guide_runs(tmp_path: Path) -> None:
     (code,) = blocks("python", STACK_GUIDE)
     run_blocks(
         tmp_path,
-        f"```python\n{code}assert set({sorted(spans)}) < {{span.name for span in spans.get_finished_spans()}}\n```\n",
+        f"```python\n{code}assert set({sorted(spans)}) == {{span.name for span in spans.get_finished_spans()}}\n```\n",
     )
     for command in "".join(blocks("sh", STACK_GUIDE)).splitlines():
         words = [str(TOOLS / "nla-monitor"), *shlex.split(command)[1:]]
