@@ -64,6 +64,8 @@ class Tally:
         self._exported = 0
         self._lost = dict.fromkeys(REASONS, 0)
         self._closed = False
+        self.end: Callable[[], object] = lambda: None
+        """Ends the exporter: a request that it would try again for a while is given up at once."""
         self._failing = False
         self._full = False
 
@@ -205,6 +207,7 @@ def counted(exporter: Any, tally: Tally) -> Any:
     of ``shutdown``) stays its own.
     """
     inner: Callable[..., Any] = exporter.export
+    tally.end = exporter.shutdown
 
     def export(batch: Any, *arguments: Any, **named: Any) -> Any:
         count = _size(batch, tally)

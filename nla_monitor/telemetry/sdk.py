@@ -104,6 +104,8 @@ class SdkHandle:
         threads.append(_start_shutdown(self.meter_provider))
         _join(threads, deadline)
         finished = not any(thread.is_alive() for thread in threads)
+        if not finished:
+            self._give_up()
         server, self._server = self._server, None
         if server is not None:  # it may be scraped until the end
             server.shutdown()
@@ -112,6 +114,14 @@ class SdkHandle:
         self.tracer_provider, self.logger_provider = trace.NoOpTracerProvider(), events.NoOpLoggerProvider()
         self.meter_provider = metrics.NoOpMeterProvider()
         return finished
+
+    def _give_up(self) -> None:
+        """End the exporters themselves: their retries would go on in threads of a process that lives on."""
+        for tally in self._tallies:
+            try:
+                tally.end()
+            except Exception as error:  # noqa: BLE001 -- an exporter's own fault ends no process
+                logger.warning("telemetry: an exporter could not be ended (%s)", type(error).__name__)
 
     def _sum_up(self, *, finished: bool, timeout: float) -> None:
         for tally in self._tallies:
