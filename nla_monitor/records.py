@@ -360,7 +360,8 @@ class WindowVerdict:
     matches: tuple[Match, ...]
     """The matches inside the window, oldest first."""
     distinct: int
-    """Distinct values of the window's ``distinct`` key among them (the number of matches where it names none)."""
+    """Distinct values of the window's ``distinct`` key among them (the number of matches where it names none). Matches
+    with a step and those without are counted apart: it is the number of the kind that decided."""
     needed: int
     """The window's ``count``."""
 

@@ -292,7 +292,8 @@ class Capture:
         if local.generation is None or local.level is not None or local.paused:
             return False
         started = time.thread_time()
-        if not local.generation.passes(kwargs.get("input_ids"), kwargs.get("past_key_values")):
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if not local.generation.passes(ids, kwargs.get("past_key_values"), mask):
             return False
         local.level = level
         with self._count_lock:

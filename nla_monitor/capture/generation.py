@@ -65,8 +65,10 @@ class Generation:
         known = self.cache() if self.cache is not None else None
         return ids.shape == (self.batch, 1) and (known is None or cache is None or known is cache)
 
-    def passes(self, ids: Any, cache: Any) -> bool:
+    def passes(self, ids: Any, cache: Any, mask: Any = None) -> bool:
         """Whether nothing is read of the pass over ``ids`` ``[batch, 1]``; if so, it is counted.
+
+        A mask ``[batch, 1]`` tells of a prompt: its cache was emptied and is used again.
 
         True for most tokens that an agent on a CPU writes: it costs next to nothing, and False commits to nothing.
         """
@@ -79,11 +81,13 @@ class Generation:
             return False
         if not isinstance(ids, Tensor) or ids.shape != (self.batch, 1):
             return False
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] <= 1:
+            return False
         tokens = ids[:, 0].tolist()
         if not policy.trigger_ends.isdisjoint(tokens):
             return False
         read_on = bool(policy.triggers) or sampling.stratum(self.index) < self.schedule.shape[1]
-        if self.history is not None and read_on:
+        if self.history is not None and read_on and policy.positions != "prompt":
             self.pending.append(tokens)
         self.index += 1
         return True
@@ -123,6 +127,7 @@ def advance(generation: Generation, ids: Tensor) -> tuple[Choice | None, int]:
     planned = stratum < generation.schedule.shape[1]
     closer = _closer(generation)
     if not planned and not policy.triggers:
+        generation.pending.clear()
         return None, index
     tokens = ids.index_select(0, generation.rows)[:, 0].long()
     if generation.history is not None and generation.planned is not None:

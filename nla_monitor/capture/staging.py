@@ -98,6 +98,8 @@ class Stager:
         self._sink = sink
         self._guard = guard
         self._config = queue
+        # A write is due long before the queue is full, also where that is small.
+        self._batch = min(queue.write_batch, max(1, queue.max_samples // 2))
         self._on_sampled = on_sampled
         self._on_dropped = on_dropped
         self._reset()
@@ -170,7 +172,7 @@ class Stager:
         self._jobs.append((job, count))
         self._jobs_count += count
         self._pressing += not job.patient
-        return first or self._pressing > 0 or self.depth >= self._config.write_batch
+        return first or self._pressing > 0 or self.depth >= self._batch
 
     def drop(self, reason: str, count: int) -> None:
         """Count samples that were lost elsewhere in the capture."""
@@ -266,7 +268,7 @@ class Stager:
                     self._wake.wait(self._pause())
                 if self._thread is not me:
                     return
-                writes = not self._jobs or (self._wait_seconds() <= 0 and len(self._ready) >= self._config.write_batch)
+                writes = not self._jobs or self._writes_first()
                 job = None if writes else self._pop_job()[0]
                 batch = self._take_batch() if job is None else []
                 self._busy = True
@@ -281,6 +283,11 @@ class Stager:
                     self._busy = False
                     self._wake.notify_all()
 
+    def _writes_first(self) -> bool:
+        """Whether jobs must wait for a write, so that a stream of them never keeps samples here; the lock is held."""
+        overdue = time.monotonic() - self._waiting_since > 2 * self._config.write_interval_seconds
+        return self._wait_seconds() <= 0 and (len(self._ready) >= self._batch or (overdue and bool(self._ready)))
+
     def _due(self) -> bool:
         """Whether there is something to build or to write now; the lock is held."""
         return self._pressing > 0 or (bool(self._jobs or self._ready) and self._wait_seconds() <= 0)
@@ -288,7 +295,7 @@ class Stager:
     def _wait_seconds(self) -> float:
         """Until the next write; the lock is held."""
         now = time.monotonic()
-        full = self.depth >= self._config.write_batch or self._urgent > 0
+        full = self.depth >= self._batch or self._urgent > 0
         ripe = 0.0 if full else self._config.write_interval_seconds - (now - self._waiting_since)
         retry = self._retry_seconds - (now - self._refused_at) if self._retry_seconds else 0.0
         # Longer than it was meant to be: the clock has jumped back since, and to wait for it could take days.
@@ -299,7 +306,7 @@ class Stager:
         return max(0.0, self._wait_seconds()) if self._jobs or self._ready else None
 
     def _take_batch(self) -> list[ActivationSample]:
-        return [self._ready.popleft() for _ in range(min(len(self._ready), self._config.write_batch))]
+        return [self._ready.popleft() for _ in range(min(len(self._ready), self._batch))]
 
     def _build_job(self, job: StagedJob) -> None:
         results: list[tuple[list[ActivationSample], int]] = []  # stays empty where the guard takes a fault

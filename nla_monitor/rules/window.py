@@ -71,8 +71,9 @@ def judge(window: Window, matches: Sequence[Match], *, step: int | None, now: fl
         (match for verdict in verdicts for match in verdict.matches),
         key=lambda match: (match.captured_at, match.match_id),
     )
-    firing = any(verdict.firing for verdict in verdicts)
-    return WindowVerdict(firing, tuple(inside), max(verdict.distinct for verdict in verdicts), window.count)
+    deciding = [verdict for verdict in verdicts if verdict.firing] or verdicts
+    most = max(verdict.distinct for verdict in deciding)
+    return WindowVerdict(deciding[0].firing, tuple(inside), most, window.count)
 
 
 def next_change(window: Window, matches: Sequence[Match], *, step: int | None, now: float) -> tuple[float, float]:

@@ -261,6 +261,7 @@ def test_a_pass_is_waved_through_only_when_it_surely_is_the_next_token() -> None
         (None, cache),
     ]
     assert not any(made.passes(ids, given_cache) for ids, given_cache in refused)
+    assert not made.passes(one, cache, torch.ones(1, 1))  # the cache was emptied: this is a prompt of one token
     made.owners.known = True
     assert not made.passes(one, cache)  # whether it is looked at more closely is still to be found out
     made.judged = True

@@ -13,8 +13,10 @@ import torch
 from capture_kit import capturing, make_model, token_batch
 from torch import nn
 
+from nla_monitor.capture.staging import Stager
 from nla_monitor.config import QueueConfig
 from nla_monitor.errors import StoreUnavailableError
+from nla_monitor.guard import Guard
 from nla_monitor.records import ActivationSample
 
 
@@ -182,3 +184,57 @@ def test_a_forked_child_is_disabled_and_does_not_hang() -> None:
         _forwards(model, 1)
         assert captured.capture.flush(5)
         assert captured.capture.stats.written == 8
+
+
+class _Slow:
+    """A job that takes a while to build."""
+
+    event = None
+    patient = False
+
+    def count(self) -> int:
+        return 1
+
+    def discard(self) -> None:
+        pass
+
+
+def test_a_stream_of_jobs_keeps_no_sample_from_being_written() -> None:
+    """Whatever comes meanwhile: what is ready leaves after two intervals at most."""
+    written: list[int] = []
+    stop = threading.Event()
+
+    def build(_: Any) -> tuple[list[Any], int]:
+        time.sleep(0.02)
+        return [object()], 0
+
+    queue = QueueConfig(write_interval_seconds=0.1)
+    stager = Stager(build, lambda batch: written.append(len(batch)), Guard(), queue)
+
+    def feed() -> None:
+        while not stop.wait(0.005):
+            if stager.depth < 200:
+                stager.put_nowait(_Slow())
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    time.sleep(1.0)
+    before_the_end = sum(written)
+    stop.set()
+    feeder.join()
+    assert before_the_end > 0
+    assert stager.close(30)
+
+
+def test_a_small_queue_is_written_before_it_is_full() -> None:
+    """Where ``max_samples`` is below ``write_batch``, too: nothing is dropped for waiting for company."""
+    model, got = make_model(), []
+    queue = QueueConfig(max_samples=16, write_interval_seconds=60)
+    with capturing(model, sink=got.extend, queue=queue) as captured:
+        for _ in range(6):
+            _forwards(model, 1, rows=1)
+            deadline = time.monotonic() + 5
+            while captured.capture.depth >= 8 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert len(got) >= 8
+        assert captured.capture.stats.dropped == {}
