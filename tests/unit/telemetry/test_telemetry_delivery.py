@@ -258,7 +258,7 @@ def test_after_a_fault_the_end_is_short_so_that_its_message_comes(
         emit(handle, make_alert, 3)
         with pytest.raises(ConfigError), handle:
             raise ConfigError("a wrong rule")
-        assert time.perf_counter() - started < 2.5
+        assert time.perf_counter() - started < 4.5
     assert handle.counts["traces/otlp"]["unsent"] == 3
 
 
