@@ -39,7 +39,9 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
     folder = tmp_path_factory.mktemp("metrics")
     (folder / "rule.yaml").write_text(RULE, encoding="utf-8")
     config = load_config({"database": f"sqlite:///{folder / 'w.db'}", "rules": [str(folder / "rule.yaml")]})
-    handle = sdk.configure("test", metrics_port=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")  # nobody is there: what is lost is counted
+        handle = sdk.configure("test", metrics_port=0)
     verbalizer = FakeVerbalizer([f"It intends to {QUOTE}."])
     worker = Worker(
         config,
@@ -53,7 +55,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
     with urllib.request.urlopen(f"http://localhost:{handle.metrics_port}/metrics", timeout=5) as response:
         text = response.read().decode()
     worker.close()
-    handle.shutdown()
+    handle.shutdown(timeout=0.2)
     found: dict[str, dict[str, float]] = {}
     for line in text.splitlines():
         if parts := re.match(r"(nla_monitor\w+)\{(.*)\} (\S+)$", line):
@@ -95,6 +97,7 @@ def test_each_rule_has_its_series_from_the_start(series: dict[str, Any]) -> None
         assert 'nla_monitor_rule_id="my-rule"' in series[f"nla_monitor_{name}"], name
     assert series["nla_monitor_verbalizations_total"] == {'outcome="ok"': 4.0, 'outcome="error"': 0.0}
     assert set(series["nla_monitor_store_drops"].values()) == {0.0}
+    assert list(series["nla_monitor_clock_skewed_total"].values()) == [0.0], "so that the first is an increase"
     # The run was never registered, which must not hide its alert.
     assert list(series["nla_monitor_alerts_firing"].values()) == [1.0]
 
