@@ -30,7 +30,8 @@ _NEVER: Final = "0001-01-01T00:00:00Z"
 _AGAIN: Final = frozenset({401, 403, 404, 407, 408, 425, 429})
 """Refusals (4xx) that may end without another message: by themselves, or when a person mends a token or an address."""
 _LONGEST_ANSWER: Final = 10.0
-"""Seconds from the end of a post to the end of the answer's headers: a receiver that drips must not hold up others."""
+"""Seconds from the end of a post to the end of the answer's headers, or the sink's timeout if that is longer: one that
+drips must not hold up others."""
 _NOT_SAID: Final = frozenset({"rule", "rule_title", "run_id", "severity", "runbook"})
 """Facts that are no annotations of their own name: they are labels, or annotations of the name that receivers know."""
 _UNTOUCHED: Final = "/%:@!$&'()*+,;=?~-._[]"
@@ -45,7 +46,8 @@ class WebhookSink:
 
     Args:
         url: ``http://`` or ``https://``; a user and password in it become a Basic ``Authorization`` header.
-        timeout: seconds of silence after which a delivery counts as failed; an answer that drips has ten seconds.
+        timeout: seconds of silence after which a delivery counts as failed; an answer that drips has as long, and ten
+            seconds at least.
         content: also send quote, explanation and context.
         headers: sent along, for instance ``Authorization``.
         external_url: where a person finds the monitor; the ``generatorURL``.
@@ -142,10 +144,13 @@ class WebhookSink:
 
 
 class _Bounded(http.client.HTTPConnection):
-    """An answer's headers have ``_LONGEST_ANSWER`` seconds, however they drip; ``timeout`` is between two bytes."""
+    """An answer's headers have ``_LONGEST_ANSWER`` seconds or ``timeout``, however they drip.
+
+    ``timeout`` alone would be between two bytes.
+    """
 
     def getresponse(self) -> http.client.HTTPResponse:
-        over = threading.Timer(_LONGEST_ANSWER, self._cut)
+        over = threading.Timer(max(_LONGEST_ANSWER, self.timeout or 0.0), self._cut)
         over.daemon = True
         over.start()
         try:

@@ -294,8 +294,21 @@ def test_a_receiver_that_drips_is_left(server: Receiver, monkeypatch: pytest.Mon
     monkeypatch.setattr(webhook, "_LONGEST_ANSWER", 0.4)
     started = time.monotonic()
     with pytest.raises(DeliveryError):
-        WebhookSink(server.url, timeout=5.0).send("fired", alert(sample(1)))
+        WebhookSink(server.url, timeout=1.0).send("fired", alert(sample(1)))
     assert time.monotonic() - started < 3
+
+
+def test_a_receiver_has_as_long_to_answer_as_its_timeout_says(
+    server: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(_body: Any) -> int:
+        time.sleep(0.6)
+        return 200
+
+    server.answer = slowly
+    monkeypatch.setattr(webhook, "_LONGEST_ANSWER", 0.1)
+    WebhookSink(server.url, timeout=10.0).send("fired", alert(sample(1)))
+    assert len(server.got) == 1
 
 
 def test_a_service_that_drips_is_left_and_not_asked_again_meanwhile(
