@@ -295,6 +295,8 @@ class WorkerConfig(Section):
 
 SECRET_OUTLETS: Final[set[str]] = {"webhook", "alertmanager", "notify"}
 """Keys of ``alerts`` that may hold tokens: never stored with a run, and never said."""
+_TRACE_UIS: Final = {"phoenix", "langfuse"}
+"""Keys of ``alerts`` that hold no token where they are valid, and perhaps where they are not."""
 
 
 class AlertConfig(Section):
@@ -439,7 +441,9 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"{key}: is required"
     if item["type"] != "extra_forbidden":
-        return f"{key}: {item['msg']}" if _is_secret(item["loc"]) else f"{key} = {item['input']!r}: {item['msg']}"
+        # A list or mapping in the wrong place may hold a URL with its password.
+        unsaid = _is_secret(item["loc"]) or not isinstance(item["input"], str | int | float | None)
+        return f"{key}: {item['msg']}" if unsaid else f"{key} = {item['input']!r}: {item['msg']}"
     section: type[BaseModel] = MonitorConfig
     for part in item["loc"][:-1]:
         if isinstance(part, int):  # of a list of sections
@@ -455,7 +459,7 @@ def _explain(item: Any) -> str:
 
 def _is_secret(place: Sequence[int | str]) -> bool:
     """Whether what stands there may hold a token: addresses of alerts, and whatever holds them."""
-    return place[:1] == ("alerts",) and (len(place) < 2 or place[1] in SECRET_OUTLETS)
+    return place[:1] == ("alerts",) and (len(place) < 2 or place[1] in SECRET_OUTLETS | _TRACE_UIS)
 
 
 def _absolute_paths(config: MonitorConfig, base: Path) -> MonitorConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from nla_monitor.records import PROXY, Alert
@@ -17,7 +18,9 @@ PREFIX: Final = "nla/"
 SHORT: Final = 200
 """Characters of a title, a name or a figure."""
 LONG: Final = 8000
-"""Characters of an explanation."""
+"""Characters of an explanation, and of a guarantee."""
+IN_PROXY: Final = "read in a proxy of the model that answered"
+"""For a person: the activations are another model's, which was given the same text."""
 _TRACEPARENT: Final = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
@@ -55,7 +58,10 @@ def name_of(alert: Alert) -> str:
 
 
 def facts_of(alert: Alert) -> dict[str, Any]:
-    """Figures of the finding by name, for a program; no content in them."""
+    """Figures of the finding by name, for a program; no content in them.
+
+    Every way out tells these, so that none says less than another of how sure the finding is.
+    """
     facts: dict[str, object] = {
         "alert_id": alert.alert_id,
         "run_id": alert.run_id,
@@ -76,14 +82,21 @@ def facts_of(alert: Alert) -> dict[str, Any]:
         "proxy": True if alert.evidence.get(PROXY) else None,
         "runbook": alert.runbook,
     }
-    return {name: _plain(value) for name, value in facts.items() if value is not None}
+    bounds = {"guarantee": LONG}
+    return {name: _plain(value, bounds.get(name, SHORT)) for name, value in facts.items() if value is not None}
+
+
+def guarantee(facts: Mapping[str, object]) -> str:
+    """For a person: what stands behind the finding, in the sentence of its calibration if it has one."""
+    status, says = str(facts["calibration"]), str(facts.get("guarantee", ""))
+    return says if says.startswith(status) else ": ".join(part for part in (status, says) if part)
 
 
 def told(alert: Alert, *, content: bool) -> str:
     """The finding in a few lines, for a person."""
     lines = [f"[{alert.severity.value}] {tidy(alert.rule_title, SHORT)}", _how_sure(alert)]
     if alert.evidence.get(PROXY):
-        lines.append("Read in a proxy of the model that answered.")
+        lines.append(f"{IN_PROXY.capitalize()}.")
     if content:
         lines += [f"Quote: {alert.quote}", f"Explanation: {alert.explanation}"]
     lines.append(f"A hypothesis until a person labels it: nla-monitor alerts show {alert.alert_id}")
@@ -115,8 +128,8 @@ def tidy(text: str, length: int) -> str:
     return clean if len(clean) <= length else clean[: length - 1] + "…"
 
 
-def _plain(value: object) -> object:
+def _plain(value: object, length: int) -> object:
     """A value that is JSON for everybody: NaN and infinities are not."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return tidy(value, SHORT) if isinstance(value, str) else value
+    return tidy(value, length) if isinstance(value, str) else value

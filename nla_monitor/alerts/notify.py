@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from nla_monitor.alerts.base import DeliveryError
+from nla_monitor.alerts.finding import IN_PROXY
 from nla_monitor.alerts.webhook import annotations_of
 from nla_monitor.errors import ConfigError, MissingExtraError
 from nla_monitor.records import Alert, AlertState, Severity
@@ -32,6 +33,7 @@ _TOLD: Final = (
     "fve",
     "fve_denominator",
     "calibration",
+    "guarantee",
     "alert_id",
 )
 
@@ -117,6 +119,8 @@ def _body(kind: str, alert: Alert, *, content: bool) -> str:
     wanted = [*_TOLD, *(("quote", "explanation") if content else ())]
     lines = [f"{kind}: rule {alert.rule_id}, run {alert.run_id}"]
     lines += [f"{name.replace('_', ' ')}: {facts[name]}" for name in wanted if name in facts]
+    if "proxy" in facts:
+        lines.append(IN_PROXY)
     lines.append(f"nla-monitor alerts show {alert.alert_id}")
     return "\n".join(lines)
 

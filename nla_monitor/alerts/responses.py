@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from nla_monitor.alerts.finding import IN_PROXY
 from nla_monitor.records import PROXY, Alert, RuleHeader, Severity
 
 
@@ -60,7 +61,7 @@ def describe(alert: Alert) -> str:
     where = f"step {alert.last_step}" if alert.last_step is not None else "no step"
     fidelity = f"FVE {alert.fve:.2f} ({alert.denominator_name})" if alert.fve is not None else "no fidelity"
     status = alert.calibration.get("status", "uncalibrated")
-    proxy = ", read in a proxy of the model that answered" if alert.evidence.get(PROXY) else ""
+    proxy = f", {IN_PROXY}" if alert.evidence.get(PROXY) else ""
     return (
         f"nla_monitor alert {alert.state.value}: [{alert.severity.value}] {alert.rule_title} — {where}, "
         f"position {alert.position}, {alert.matches} matches, {fidelity}, {status}{proxy}; id {alert.alert_id}"

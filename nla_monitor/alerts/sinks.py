@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from nla_monitor.alerts.base import DeliveryError, Sink
+from nla_monitor.alerts.finding import IN_PROXY, facts_of, guarantee
 from nla_monitor.alerts.webhook import WebhookSink
 from nla_monitor.records import Alert, Severity
 
@@ -103,7 +104,10 @@ class LogSink:
             parts.append(f"fve {alert.fve:.3f} (denominator {alert.denominator_name})")
         elif alert.cosine is not None:
             parts.append(f"cosine {alert.cosine:.3f}")
-        parts.append(str(alert.calibration.get("status", "uncalibrated")))
+        facts = facts_of(alert)
+        parts.append(guarantee(facts))
+        if "proxy" in facts:
+            parts.append(IN_PROXY)
         if self._content and alert.quote:
             parts.append(f"quote {alert.quote!r}")
         return ", ".join(parts)

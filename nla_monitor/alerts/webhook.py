@@ -21,6 +21,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from nla_monitor.alerts.base import DeliveryError
+from nla_monitor.alerts.finding import facts_of
 from nla_monitor.errors import ConfigError
 from nla_monitor.records import ENDED, Alert, AlertState
 from nla_monitor.untraced import untraced
@@ -29,7 +30,10 @@ _NEVER: Final = "0001-01-01T00:00:00Z"
 _AGAIN: Final = frozenset({401, 403, 404, 407, 408, 425, 429})
 """Refusals (4xx) that may end without another message: by themselves, or when a person mends a token or an address."""
 _LONGEST_ANSWER: Final = 10.0
-"""Seconds from the end of a post to the end of the answer's headers: a receiver that drips must not hold up others."""
+"""Seconds from the end of a post to the end of the answer's headers, or the sink's timeout if that is longer: one that
+drips must not hold up others."""
+_NOT_SAID: Final = frozenset({"rule", "rule_title", "run_id", "severity", "runbook"})
+"""Facts that are no annotations of their own name: they are labels, or annotations of the name that receivers know."""
 _UNTOUCHED: Final = "/%:@!$&'()*+,;=?~-._[]"
 """What a path or query may hold as it is; whatever else is escaped."""
 
@@ -42,7 +46,8 @@ class WebhookSink:
 
     Args:
         url: ``http://`` or ``https://``; a user and password in it become a Basic ``Authorization`` header.
-        timeout: seconds of silence after which a delivery counts as failed; an answer that drips has ten seconds.
+        timeout: seconds of silence after which a delivery counts as failed; an answer that drips has as long, and ten
+            seconds at least.
         content: also send quote, explanation and context.
         headers: sent along, for instance ``Authorization``.
         external_url: where a person finds the monitor; the ``generatorURL``.
@@ -139,10 +144,13 @@ class WebhookSink:
 
 
 class _Bounded(http.client.HTTPConnection):
-    """An answer's headers have ``_LONGEST_ANSWER`` seconds, however they drip; ``timeout`` is between two bytes."""
+    """An answer's headers have ``_LONGEST_ANSWER`` seconds or ``timeout``, however they drip.
+
+    ``timeout`` alone would be between two bytes.
+    """
 
     def getresponse(self) -> http.client.HTTPResponse:
-        over = threading.Timer(_LONGEST_ANSWER, self._cut)
+        over = threading.Timer(max(_LONGEST_ANSWER, self.timeout or 0.0), self._cut)
         over.daemon = True
         over.start()
         try:
@@ -224,25 +232,18 @@ def labels_of(alert: Alert) -> dict[str, str]:
 def annotations_of(alert: Alert, *, content: bool = False) -> dict[str, str]:
     """What is told of an alert; quote, explanation and context only when asked for."""
     facts: dict[str, object] = {
+        **{name: value for name, value in facts_of(alert).items() if name not in _NOT_SAID},
         "summary": alert.rule_title,
-        "alert_id": alert.alert_id,
-        "rule_version": alert.rule_version,
         "runbook_url": alert.runbook,
         "group": json.dumps(dict(alert.group), sort_keys=True, default=str) if alert.group else None,
-        "matches": alert.matches,
-        "first_step": alert.first_step,
-        "last_step": alert.last_step,
-        "position": alert.position,
-        "cosine": alert.cosine,
-        "fve": alert.fve,
-        "fve_denominator": alert.denominator_name,
-        "calibration": alert.calibration.get("status", "uncalibrated"),
         "traceparent": alert.traceparent,
         "ended": alert.evidence.get(ENDED),
     }
     if content:
         facts |= {"quote": alert.quote, "explanation": alert.explanation, "context": alert.context}
-    return {name: str(value) for name, value in facts.items() if value is not None}
+    # As JSON writes it, which is what the trace UIs get: a flag is "true".
+    plain = {name: str(value).lower() if isinstance(value, bool) else value for name, value in facts.items()}
+    return {name: str(value) for name, value in plain.items() if value is not None}
 
 
 def rfc3339(seconds: float | None) -> str:

@@ -202,14 +202,15 @@ class Telemetry:
     def delivery(self, sink: str, outcome: str) -> None:
         """Count a post about an alert: ``delivered``, ``failed`` (tried again perhaps) or ``refused`` (for good)."""
         with self._guard("telemetry.delivery"):
-            self._metrics.deliveries.add(1, {semconv.ATTR_SINK: sink, semconv.ATTR_OUTCOME: outcome})
+            self._metrics.deliveries.add(1, {semconv.ATTR_SINK: bounded.name(sink), semconv.ATTR_OUTCOME: outcome})
 
     def expect_sinks(self, names: Iterable[str]) -> None:
         """Begin each sink's counts at 0, so that its first failure is seen as an increase."""
         with self._guard("telemetry.expect_sinks"):
             for name in names:
+                sink = bounded.name(name)
                 for outcome in ("delivered", "failed", "refused"):
-                    self._metrics.deliveries.add(0, {semconv.ATTR_SINK: name, semconv.ATTR_OUTCOME: outcome})
+                    self._metrics.deliveries.add(0, {semconv.ATTR_SINK: sink, semconv.ATTR_OUTCOME: outcome})
 
     def guarantee_voided(self, rule_id: str) -> None:
         """Drift has ended what a rule's calibration promised for a run."""
@@ -225,6 +226,7 @@ class Telemetry:
                 self._metrics.voided.add(0, labels)
                 self._metrics.unjudged.add(0, labels)
                 self._metrics.alerts.add(0, {**labels, semconv.ATTR_SEVERITY: header.severity.value})
+            self._metrics.skewed.add(0)
             for outcome in ("ok", "error"):
                 self._metrics.verbalizations.add(0, {semconv.ATTR_OUTCOME: outcome})
 

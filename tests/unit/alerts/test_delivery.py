@@ -294,8 +294,21 @@ def test_a_receiver_that_drips_is_left(server: Receiver, monkeypatch: pytest.Mon
     monkeypatch.setattr(webhook, "_LONGEST_ANSWER", 0.4)
     started = time.monotonic()
     with pytest.raises(DeliveryError):
-        WebhookSink(server.url, timeout=5.0).send("fired", alert(sample(1)))
+        WebhookSink(server.url, timeout=1.0).send("fired", alert(sample(1)))
     assert time.monotonic() - started < 3
+
+
+def test_a_receiver_has_as_long_to_answer_as_its_timeout_says(
+    server: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(_body: Any) -> int:
+        time.sleep(0.6)
+        return 200
+
+    server.answer = slowly
+    monkeypatch.setattr(webhook, "_LONGEST_ANSWER", 0.1)
+    WebhookSink(server.url, timeout=10.0).send("fired", alert(sample(1)))
+    assert len(server.got) == 1
 
 
 def test_a_service_that_drips_is_left_and_not_asked_again_meanwhile(
@@ -328,6 +341,13 @@ def said_by(error: BaseException) -> str:
         {"notify": [{"url": f"slack://{SECRET}"}]},
         {"notify": f"slack://{SECRET}"},
         {"webhok": f"http://host/{SECRET}"},
+        {"phoenix": {"endpoint": [f"http://me:{SECRET}@host"]}},
+        {"phoenix": {"endpoint": {"url": f"http://me:{SECRET}@host"}}},
+        {"phoenix": {"endpoint": "http://host", "content": f"http://me:{SECRET}@host"}},
+        {"phoenix": f"http://me:{SECRET}@host"},
+        {"langfuse": {"host": [f"http://me:{SECRET}@host"]}},
+        {"langfuse": {"timeout_seconds": SECRET}},
+        {"trackers": {"notes": [SECRET]}},
         {"webhook": f"http://{'a' * 70}.example/{SECRET}"},
         {"webhook": f"http://[{SECRET}/"},
         f"http://host/{SECRET}",
@@ -343,6 +363,28 @@ def test_a_wrong_config_is_refused_without_what_may_be_secret(alerts: Any) -> No
         sinks_of(load_config({"alerts": alerts}))
     assert "alerts" in str(caught.value)
     assert SECRET not in said_by(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"database": [f"postgresql://me:{SECRET}@host/db"]},
+        {"database": {"url": f"postgresql://me:{SECRET}@host/db"}},
+        {"nla": {"url": [f"http://me:{SECRET}@host"]}},
+        {"nla": {"batch_size": {"token": SECRET}}},
+        {"source": {"url": [f"http://me:{SECRET}@host"]}},
+    ],
+    ids=str,
+)
+def test_a_list_or_mapping_in_the_wrong_place_is_not_repeated(config: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config)
+    assert SECRET not in said_by(caught.value)
+
+
+def test_a_wrong_number_is_still_repeated() -> None:
+    with pytest.raises(ConfigError, match=r"nla\.batch_size = -1: "):
+        load_config({"nla": {"batch_size": -1}})
 
 
 @pytest.mark.parametrize("path", [f"/a b/{SECRET}", f"/é/{SECRET}", f"/{SECRET}?q=🙈", f"/{SECRET}\x7f"])

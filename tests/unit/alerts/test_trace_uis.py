@@ -19,14 +19,17 @@ from hypothesis import strategies as st
 
 from nla_monitor.alerts.finding import Place, place_of, told
 from nla_monitor.alerts.langfuse import LangfuseSink, score
+from nla_monitor.alerts.notify import _body
 from nla_monitor.alerts.phoenix import PhoenixSink, annotation
+from nla_monitor.alerts.responses import describe
 from nla_monitor.alerts.sinks import LONE_ATTEMPTS, MAX_ATTEMPTS, DeliveryError, Drained, LogSink, Sink, drain
+from nla_monitor.alerts.webhook import annotations_of, payload
 from nla_monitor.cli.doctor_command import _outlets
 from nla_monitor.config import load_config
 from nla_monitor.errors import ConfigError
 from nla_monitor.monitor import Monitor
 from nla_monitor.outlets import sinks_of
-from nla_monitor.records import Alert, AlertState
+from nla_monitor.records import PROXY, Alert, AlertState
 from nla_monitor.store.engine import open_engine
 from nla_monitor.store.repository import Repository
 from nla_monitor.store.session import upgrade
@@ -448,3 +451,44 @@ def test_the_sinks_are_made_as_configured() -> None:
     config = load_config({"alerts": {"phoenix": {"endpoint": "http://h:6006/"}, "langfuse": {"host": "http://h"}}})
     kinds = [type(sink) for sink in sinks_of(config)]
     assert kinds == [LogSink, PhoenixSink, LangfuseSink]
+
+
+# -- every way out ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["calibrated", "void"])
+def test_every_way_out_says_what_model_was_read_and_what_stands_behind_it(
+    status: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    says = f"{status}: at most 1 % of benign sequences score as high as this one, {'with 95 % confidence, ' * 20}so far"
+    known = {"calibration": {"status": status, "says": says}}
+    found = alert(sample(1), traceparent=f"00-{TRACE}-{SPAN}-01", evidence={PROXY: "another model"}, **known)
+    plain = alert(sample(1), **known)
+
+    for facts in (annotation(found, SPAN, content=False), score(found, Place(TRACE, SPAN), content=False)):
+        assert (facts["metadata"]["proxy"], facts["metadata"]["guarantee"]) == (True, says)
+    (posted,) = payload(found)["alerts"]
+    for told_of in (posted["annotations"], payload(found)["commonAnnotations"], annotations_of(found)):
+        assert (told_of["proxy"], told_of["guarantee"], told_of["calibration"]) == ("true", says, status)
+    assert "proxy" not in annotations_of(plain)
+
+    caplog.set_level(logging.INFO, logger="nla_monitor.alerts")
+    LogSink().send("fired", found)
+    LogSink().send("fired", plain)
+    said, unsaid = (record.getMessage() for record in caplog.records)
+    for text in (said, _body("fired", found, content=False)):
+        assert says in text
+        assert "read in a proxy of the model that answered" in text
+    for text in (unsaid, _body("fired", plain, content=False)):
+        assert says in text
+        assert "proxy" not in text
+    assert "proxy" in describe(found)
+    assert "proxy" in told(found, content=False)
+
+
+def test_what_receivers_know_annotations_by_stays() -> None:
+    found = annotations_of(alert(sample(1), traceparent=f"00-{TRACE}-{SPAN}-01"), content=True)
+    assert set(found) >= {
+        *("summary", "alert_id", "rule_version", "matches", "first_step", "last_step", "position", "cosine", "fve"),
+        *("fve_denominator", "calibration", "traceparent", "quote", "explanation", "context"),
+    }

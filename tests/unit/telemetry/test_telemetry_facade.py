@@ -306,6 +306,19 @@ def test_hostile_and_endless_names_are_bounded_and_stay_apart(
     assert any(value.startswith('quote " back') for value in values)
 
 
+def test_a_hosts_own_sink_may_have_any_name(backend: Any) -> None:
+    telemetry = backend.telemetry()
+    endless = HOSTILE + "x" * 10_000
+    telemetry.expect_sinks([HOSTILE, endless])
+    telemetry.delivery(HOSTILE, "failed")
+    telemetry.delivery(endless, "delivered")
+    points = backend.points()["nla_monitor.deliveries"]
+    assert len(points) == 6, "a delivery counts on the series that was begun for it"
+    for point in points:
+        assert len(point.attributes["sink"]) <= 200
+        point.attributes["sink"].encode()
+
+
 def test_content_is_bounded_where_it_is_let_through(
     backend: Any, make_alert: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
