@@ -4,7 +4,7 @@ While a worker runs this has a thread of its own, so that a receiver that hangs 
 Where no worker runs (``nla-monitor worker --once``) the same is done in between, by the caller.
 
 What is promised: each ``fired`` and ``resolved`` reaches every sink at least once, those of one condition in order, as
-long as a worker runs on the database and the sink takes it within ``sinks.MAX_ATTEMPTS`` attempts and a day. It comes
+long as a worker runs on the database and the sink takes it within a day (``sinks.LONGEST_WAIT``). It comes
 twice where a worker dies between the post and its note of it; receivers know that by the alert's fingerprint, its start
 and its status.
 """
@@ -102,6 +102,15 @@ class Courier:
             self._wake.set()
             self._over.wait(0.1)
 
+    def left(self) -> str:
+        """Outside ``at_work``: try what is due once more; how many messages wait then, empty for none.
+
+        Raises:
+            StoreUnavailableError: the store can't be used.
+        """
+        self.nudge()
+        return self._left()
+
     def _left(self) -> str:
         """How many messages wait, roughly; empty for none, or where the store cannot say."""
         try:
@@ -120,7 +129,9 @@ class Courier:
                 pause = _PAUSE
             except NLAMonitorError as error:  # the worker's own loop says so too, and ends if it is for good
                 pause = min(2 * pause, _LONGEST_PAUSE)
-                logger.info("messages about alerts wait for the store: %s", error)
+                # At the end nobody else says it, and nobody tries on.
+                level = logging.WARNING if over else logging.INFO
+                logger.log(level, "messages about alerts wait for the store: %s", error)
             except Exception:
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 logger.exception("a fault while messages about alerts were delivered; trying on")
@@ -131,7 +142,7 @@ class Courier:
     def _deliver(self) -> None:
         if time.monotonic() >= self._expiry_due:
             self._expiry_due = time.monotonic() + _BETWEEN_EXPIRIES
-            for alert in expire(self._repository.engine, time.time(), self._silence):
+            for alert in expire(self._repository.engine, None, self._silence):
                 logger.info("alert %s (%s) is over: its run shows no more life", alert.alert_id, alert.rule_id)
         drain(self._repository, self._sinks, responses=self._responses, tell=self._tell)
         self._reminder.tick()

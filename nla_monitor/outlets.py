@@ -13,14 +13,14 @@ from nla_monitor.alerts.notify import AppriseSink
 from nla_monitor.alerts.phoenix import PhoenixSink
 from nla_monitor.alerts.sinks import DeliveryError, LogSink, Sink, WebhookSink, may_tell
 from nla_monitor.config import MonitorConfig
-from nla_monitor.records import Alert, AlertState
-from nla_monitor.store.health import MISTAKES
+from nla_monitor.records import Alert
+from nla_monitor.store.health import standing_alerts
 from nla_monitor.store.repository import Repository
 
 logger = logging.getLogger("nla_monitor.alerts")
 
 _MANY: Final = 500
-"""Alerts in one post to an Alertmanager, newest first."""
+"""Alerts in one post to an Alertmanager."""
 
 
 def sinks_of(config: MonitorConfig) -> list[Sink]:
@@ -81,14 +81,21 @@ class Reminder:
         """
         if not self._sinks or self._clock() < self._due:
             return
-        alerts = [alert for alert in self._repository.alerts(state=AlertState.FIRING, limit=_MANY) if _stands(alert)]
-        for sink in self._sinks:
-            self._remind(sink, [alert for alert in alerts if may_tell(sink, alert, self._responses)])
+        up = list(self._sinks)
+        for alerts in standing_alerts(self._repository.engine, _MANY):
+            up = [
+                sink
+                for sink in up
+                if self._remind(sink, [alert for alert in alerts if may_tell(sink, alert, self._responses)])
+            ]
+            if not up:
+                break
         self._due = self._clock() + RESEND
 
-    def _remind(self, sink: AlertmanagerSink, alerts: Sequence[Alert]) -> None:
+    def _remind(self, sink: AlertmanagerSink, alerts: Sequence[Alert]) -> bool:
+        """Post one page; whether the sink is worth being given the next."""
         if not alerts:
-            return
+            return True
         try:
             sink.remind(alerts)
         except DeliveryError as error:
@@ -101,7 +108,4 @@ class Reminder:
             outcome = "delivered"
         if self._tell is not None:
             self._tell(sink.name, outcome)
-
-
-def _stands(alert: Alert) -> bool:
-    return alert.triage not in MISTAKES
+        return outcome != "failed"

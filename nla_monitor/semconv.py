@@ -113,6 +113,6 @@ METRIC_ALERTS_FIRING: Final = "nla_monitor.alerts.firing"  # {alert}, by rule an
 METRIC_ALERTS_LABELLED: Final = "nla_monitor.alerts.labelled"  # {alert}, by rule and label
 METRIC_GUARANTEES_VOID: Final = "nla_monitor.guarantees.void"  # {guarantee}, by rule, of runs that go on
 METRIC_GUARANTEES_STANDING: Final = "nla_monitor.guarantees.standing"  # {guarantee}, by rule, of runs that go on
-METRIC_DELIVERIES: Final = "nla_monitor.deliveries"  # {delivery}, by sink and outcome: delivered, failed or refused
+METRIC_DELIVERIES: Final = "nla_monitor.deliveries"  # {delivery}, by sink and outcome; see Telemetry.delivery
 METRIC_OUTBOX: Final = "nla_monitor.outbox.size"  # {message}, by state: pending or dead
 METRIC_HEARTBEAT: Final = "nla_monitor.worker.heartbeat"  # s, Unix time of this worker's last look at the store

@@ -462,6 +462,10 @@ class Worker:
     def _deliver(self) -> None:
         self._courier.nudge()
 
+    def untold(self) -> str:
+        """Outside ``run``: try once more what is to be told; how many messages wait, empty for none."""
+        return self._courier.left()
+
     def close(self) -> None:
         """Give connections back: the database's, and those to a server that runs the AV."""
         self.repository.dispose()

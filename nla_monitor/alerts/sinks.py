@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -18,7 +18,7 @@ __all__ = ["DeliveryError", "Drained", "LogSink", "Sink", "WebhookSink", "drain"
 logger = logging.getLogger("nla_monitor.alerts")
 
 CLAIM_SECONDS: Final = 120.0
-"""How long a claimed item is hidden from other workers; longer than all sinks together may take for one."""
+"""How long a claimed item is hidden from other workers; longer than one sink may take, and renewed between sinks."""
 FIRST_DELAY: Final = 2.0
 HELD_DELAY: Final = 15.0
 """Seconds until it is looked again whether a sink has what comes before a message."""
@@ -26,12 +26,18 @@ LONGEST_DELAY: Final = 600.0
 _LEAVING: Final = ("webhook", "alertmanager", "notify", "phoenix", "langfuse")
 _NAMED_SINKS: Final = {"log": "log"} | dict.fromkeys(_LEAVING, "webhook")
 """Sinks that a rule's ``response`` may name, by the start of their name: all that leave the machine are ``webhook``."""
-MAX_ATTEMPTS: Final = 12
-"""Over an hour of retries with the delays above."""
-LONE_ATTEMPTS: Final = 9
-"""Where only the item itself has to wait (see ``DeliveryError.alone``): eight and a half minutes."""
+LEAST_ATTEMPTS: Final = 12
+"""Attempts before a message can be too old: a worker whose clock is hours ahead gives up nothing that is new."""
+LONE_ATTEMPTS: Final = 8
+"""Where only the item itself has to wait (see ``DeliveryError.alone``): four minutes."""
 LONGEST_WAIT: Final = 86_400.0
-"""Seconds after which a message that a sink still lacks is given up, tried or not: what bounds the outbox."""
+"""Seconds for which a sink that fails is tried."""
+LAST_RESORT: Final = 2 * LONGEST_WAIT
+"""Seconds after which a message is given up, however seldom it was tried: what bounds the outbox."""
+REFUSED: Final = "!"
+"""``name!`` among those that have an item: the sink refused it for good, and is not asked again."""
+NO_SPAN: Final = "?"
+"""``name?`` among those that have an item: the sink has nothing to show it on, and is not asked again."""
 
 
 Tell = Callable[[str, str], None]
@@ -61,7 +67,9 @@ class _Item(Protocol):
 class _Outbox(Protocol):
     """What ``drain`` needs of the store; ``store.repository.Repository`` has it."""
 
+    def outbox_now(self) -> float: ...
     def outbox_claim(self, limit: int, seconds: float) -> Sequence[_Item]: ...
+    def outbox_renew(self, outbox_id: int, seconds: float) -> None: ...
     def outbox_done(self, outbox_id: int) -> None: ...
     def outbox_failed(
         self,
@@ -118,7 +126,7 @@ class Drained:
     """What one pass over the outbox did."""
 
     delivered: int = 0
-    """Items that every sink has now."""
+    """Items that every sink has now, or can never show."""
     delayed: int = 0
     """Items to be tried again later."""
     given_up: int = 0
@@ -130,15 +138,17 @@ def drain(
     *,
     responses: Mapping[str, Sequence[str] | None] | None = None,
     limit: int = 50,
-    clock: Callable[[], float] = time.time,
+    clock: Callable[[], float] | None = None,
     tell: Tell | None = None,
 ) -> Drained:
     """One pass over what is due in the outbox; never raises for a sink, whatever the sink raises.
 
     Each sink hears of one condition in order, and one that fails holds up only itself. It is not asked again in this
     pass, so that a dead receiver costs one timeout, not one per alert. Its items come back after
-    ``FIRST_DELAY * 2 ** attempts`` seconds (at most ``LONGEST_DELAY``), ``MAX_ATTEMPTS`` times (``LONE_ATTEMPTS`` where
-    the receiver is well and only the item has to wait) and for ``LONGEST_WAIT`` seconds at most.
+    ``FIRST_DELAY * 2 ** attempts`` seconds (at most ``LONGEST_DELAY``), for ``LONGEST_WAIT`` seconds and at least
+    ``LEAST_ATTEMPTS`` times. A sink that refuses an item for good is not asked again about it; the others are, and then
+    the item counts as given up. Where the receiver is well and only lacks what the item belongs to (a span), that is
+    tried ``LONE_ATTEMPTS`` times; then the item is done for that sink, for nobody has missed a message.
 
     Args:
         outbox: what is to be told.
@@ -147,14 +157,14 @@ def drain(
             and ``webhook`` (whatever leaves the machine counts as such) only if it names them; sinks of another
             name are the host's own and always hear.
         limit: items in one pass.
-        clock: Unix seconds.
-        tell: hears of each delivery: the sink's name, and ``delivered``, ``failed`` (tried again perhaps) or
-            ``refused`` (for good).
+        clock: Unix seconds; by default the outbox's own clock.
+        tell: hears of each delivery: the sink's name, and ``delivered``, ``failed`` (tried again perhaps), ``refused``
+            (for good) or ``no_span`` (what it belongs to never came).
 
     Raises:
         StoreUnavailableError: the outbox can't be read or written; undone items come back.
     """
-    delivery = _Pass(outbox, sinks, clock, responses or {}, tell or _nobody)
+    delivery = _Pass(outbox, sinks, clock or outbox.outbox_now, responses or {}, tell or _nobody)
     # One claim at a time: what this pass does not reach is not hidden from other workers.
     for _ in range(limit):
         items = outbox.outbox_claim(1, CLAIM_SECONDS)
@@ -202,21 +212,38 @@ class _Pass:
         have = set(item.delivered)
         errors: dict[str, DeliveryError] = {}
         waiting = held = False
+        claimed = time.monotonic()
         for sink in self._sinks:
-            if sink.name in have or not may_tell(sink, item.alert, self._responses):
+            if _settled(sink.name, have) or not may_tell(sink, item.alert, self._responses):
                 continue
-            behind = any(sink.name not in older for older in item.before)
+            behind = any(not _settled(sink.name, older) for older in item.before)
             if behind or sink.name in self._down:
                 waiting, held = True, held or behind
                 continue
-            error = _given(sink, item)
-            if error is None:
-                have.add(sink.name)
-            else:
+            if time.monotonic() - claimed > CLAIM_SECONDS / 4:
+                self._outbox.outbox_renew(item.outbox_id, CLAIM_SECONDS)
+                claimed = time.monotonic()
+            if (error := self._ask(sink, item, have)) is not None:
                 errors[sink.name] = error
-            self._tell(sink.name, "delivered" if error is None else "refused" if error.permanent else "failed")
         not_before = [self._clock() + HELD_DELAY] if held else []
         self._settle(item, have, errors, waiting, not_before)
+
+    def _ask(self, sink: Sink, item: _Item, have: set[str]) -> DeliveryError | None:
+        """Give an item to one sink; what is settled by that goes into ``have``."""
+        error = _given(sink, item)
+        outcome = "failed"
+        if error is None:
+            have.add(sink.name)
+            outcome = "delivered"
+        elif error.permanent:
+            have.add(sink.name + REFUSED)
+            outcome = "refused"
+        elif error.alone and item.attempts + 1 >= LONE_ATTEMPTS:
+            have.add(sink.name + NO_SPAN)
+            logger.info("alert %s (%s) is not shown by %s: %s", item.alert.alert_id, item.kind, sink.name, error)
+            error, outcome = None, "no_span"
+        self._tell(sink.name, outcome)
+        return error
 
     def _settle(
         self,
@@ -227,15 +254,14 @@ class _Pass:
         not_before: Sequence[float],
     ) -> None:
         now = self._clock()
-        again = now + min(FIRST_DELAY * 2**item.attempts, LONGEST_DELAY)
-        transient = [name for name, error in errors.items() if not error.permanent]
-        self._down |= {name: again for name in transient if not errors[name].alone}
-        text = "; ".join(f"{name}: {error}" for name, error in errors.items()) or item.error
-        in_time = now - item.created_at < LONGEST_WAIT
-        if not errors and not waiting:
+        again = now + min(FIRST_DELAY * 2 ** min(item.attempts, 16), LONGEST_DELAY)
+        left = {name: error for name, error in errors.items() if not error.permanent}
+        self._down |= {name: again for name, error in left.items() if not error.alone}
+        text = _said(item, errors)
+        if not left and not waiting and not any(name.endswith(REFUSED) for name in have):
             self._outbox.outbox_done(item.outbox_id)
             self.delivered += 1
-        elif in_time and (waiting or (transient and item.attempts + 1 < _most(errors))):
+        elif (left or waiting) and not _too_old(now - item.created_at, item.attempts + bool(errors)):
             retry_at = max([*([again] if errors else not_before), *self._down.values()])
             self._outbox.outbox_failed(
                 item.outbox_id,
@@ -245,7 +271,7 @@ class _Pass:
                 attempted=bool(errors),
             )
             self.delayed += 1
-            if errors and not item.attempts:
+            if errors and (not item.attempts or len(left) < len(errors)):
                 logger.warning(
                     "alert %s (%s) is not delivered yet, trying on: %s", item.alert.alert_id, item.kind, text
                 )
@@ -256,9 +282,21 @@ class _Pass:
             self.given_up += 1
 
 
-def _most(errors: Mapping[str, DeliveryError]) -> int:
-    """Attempts that what went wrong is worth."""
-    return LONE_ATTEMPTS if all(error.permanent or error.alone for error in errors.values()) else MAX_ATTEMPTS
+def _settled(sink: str, have: Container[str]) -> bool:
+    """Whether a sink need not be asked: it has the item, refused it for good, or can never show it."""
+    return any(sink + mark in have for mark in ("", REFUSED, NO_SPAN))
+
+
+def _too_old(age: float, attempts: int) -> bool:
+    return age >= LAST_RESORT or (age >= LONGEST_WAIT and attempts >= LEAST_ATTEMPTS)
+
+
+def _said(item: _Item, errors: Mapping[str, DeliveryError]) -> str | None:
+    """What went wrong: of this attempt, and who refused it before. None: nothing ever did."""
+    before = [name for name in item.delivered if name.endswith(REFUSED)]
+    parts = [f"{name.removesuffix(REFUSED)}: refused for good" for name in before]
+    parts += [f"{name}: {error}" for name, error in errors.items()]
+    return "; ".join(parts) or item.error
 
 
 def _given(sink: Sink, item: _Item) -> DeliveryError | None:

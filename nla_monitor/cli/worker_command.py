@@ -64,6 +64,8 @@ def worker(
             sys.stderr.flush()
             try:
                 done = _work(reader, stop, once=once)
+                if once and (left := reader.untold()):
+                    sys.stderr.write(f"{left} message(s) about alerts wait; the next worker here sends them\n")
             finally:
                 reader.close()
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -42,6 +43,16 @@ def locked(connection: Connection, query: Query, *, skip: bool = False) -> Query
         skip: leave out rows that somebody else holds, instead of waiting for them.
     """
     return query.with_for_update(skip_locked=skip) if is_postgresql(connection) else query
+
+
+def server_time(connection: Connection) -> float:
+    """Unix seconds by the database server's clock, which all workers share; SQLite's users share one machine's clock.
+
+    A database in WAL mode cannot be used from two machines (https://sqlite.org/wal.html), so that this holds there.
+    """
+    if not is_postgresql(connection):
+        return time.time()
+    return float(connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
 
 def serialize(connection: Connection, names: Iterable[str]) -> None:

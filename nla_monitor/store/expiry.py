@@ -2,7 +2,9 @@
 
 An alert resolves by its run's own clock, which stands still when the run ends or its host is killed: without an end by
 the wall clock it would fire until a person labels it. Life is what workers see of a run, by their own clock and not by
-the host's, which may be wrong: something of it was read lately, or waits to be read, or it has just begun.
+the host's, which may be wrong: something of it was read lately, or waits to be read, or it has just begun. Both that
+and the present are told by ``dialect.server_time``: on PostgreSQL one clock for all workers, so that one whose own is
+hours ahead ends nothing; workers on SQLite share a machine, and a clock that is set ahead there ends what it passes.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, Engine, and_, exists, func, or_, select
 
 from nla_monitor.records import ENDED, Alert, AlertState
+from nla_monitor.store.dialect import server_time
 from nla_monitor.store.engine import read, write
 from nla_monitor.store.models import AlertRow, ReadingRow, RunRow, SampleRow, SpoolRow
 from nla_monitor.store.transaction import WorkerTransaction
@@ -34,7 +37,7 @@ def going_on(now: float, silence: float) -> ColumnElement[bool]:
     )
 
 
-def expire(engine: Engine, now: float, silence: float) -> list[Alert]:
+def expire(engine: Engine, now: float | None, silence: float) -> list[Alert]:
     """Resolve the alerts of runs that ended an hour ago, or of which nothing was seen for longer than ``silence``.
 
     Their evidence says why (``ENDED``), and sinks are told as of any resolve. Labels stay open: nobody has decided. If
@@ -42,7 +45,7 @@ def expire(engine: Engine, now: float, silence: float) -> list[Alert]:
 
     Args:
         engine: from ``open_engine``.
-        now: Unix seconds, by the worker's clock.
+        now: Unix seconds; None for ``dialect.server_time``.
         silence: seconds.
 
     Returns:
@@ -52,6 +55,7 @@ def expire(engine: Engine, now: float, silence: float) -> list[Alert]:
         StoreUnavailableError: the database can't be used.
     """
     with read(engine) as connection:
+        now = server_time(connection) if now is None else now
         firing = connection.execute(select(AlertRow.run_id).where(AlertRow.state == AlertState.FIRING.value).distinct())
         over = [run_id for run_id in firing.scalars() if _end(connection, run_id, now, silence)]
     done: list[Alert] = []

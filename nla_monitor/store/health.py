@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, Engine, and_, func, select
 
-from nla_monitor.records import AlertState, TriageState
+from nla_monitor.records import Alert, AlertState, TriageState
+from nla_monitor.store.codec import alert_of
 from nla_monitor.store.engine import read
 from nla_monitor.store.expiry import going_on
 from nla_monitor.store.models import (
@@ -19,6 +20,7 @@ from nla_monitor.store.models import (
     RunRow,
     SpoolRow,
     TallyRow,
+    table,
 )
 
 SILENCE: Final = 14_400.0
@@ -126,3 +128,30 @@ def _guarantees(connection: Connection, now: float, silence: float) -> tuple[dic
     for rule_id, ended, count in connection.execute(query):
         (void if ended else standing)[rule_id] = count
     return void, standing
+
+
+def standing_alerts(engine: Engine, size: int) -> Iterator[list[Alert]]:
+    """All alerts that fire and that no person has called a mistake, in pages, by id.
+
+    Args:
+        engine: from ``open_engine``.
+        size: alerts in one page.
+
+    Raises:
+        StoreUnavailableError: the database can't be read.
+    """
+    last = ""
+    while True:
+        standing = (
+            AlertRow.state == AlertState.FIRING.value,
+            AlertRow.triage.not_in([state.value for state in MISTAKES]),
+            AlertRow.alert_id > last,
+        )
+        query = select(*table(AlertRow).c).where(*standing).order_by(AlertRow.alert_id).limit(size)
+        with read(engine) as connection:
+            page = [alert_of(row) for row in connection.execute(query).mappings()]
+        if page:
+            yield page
+        if len(page) < size:
+            return
+        last = page[-1].alert_id

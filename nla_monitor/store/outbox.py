@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, exists, func, select, update
 
 from nla_monitor.records import Alert
 from nla_monitor.store.codec import Row, alert_of, clean
-from nla_monitor.store.dialect import locked
+from nla_monitor.store.dialect import locked, server_time
 from nla_monitor.store.engine import read, write
 from nla_monitor.store.models import AlertRow, OutboxRow, table
 
@@ -28,7 +28,7 @@ class OutboxItem:
     attempts: int
     """Deliveries that failed so far."""
     delivered: tuple[str, ...]
-    """Sinks that have it already."""
+    """Sinks that need it no more: ``name`` has it, ``name!`` refused it, ``name?`` has nothing to show it on."""
     created_at: float
     error: str | None
     before: tuple[tuple[str, ...], ...] = ()
@@ -44,6 +44,14 @@ class Outbox:
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.time) -> None:
         self._engine = engine
         self._clock = clock
+
+    def outbox_now(self) -> float:
+        """The time by which messages are due and grow old, Unix seconds: on PostgreSQL the server's, one for all."""
+        with read(self._engine) as connection:
+            return self._now(connection)
+
+    def _now(self, connection: Connection) -> float:
+        return server_time(connection) if self._clock is time.time else self._clock()
 
     def outbox_pending(self, limit: int = 100) -> list[OutboxItem]:
         """What is not delivered yet, oldest first, whether its time has come or not. Claims nothing."""
@@ -65,9 +73,9 @@ class Outbox:
         that lacks an older message of the same condition (``OutboxItem.before``) must not be told yet: one that hears
         ``resolved`` before ``fired`` would take it as firing.
         """
-        now = self._clock()
-        due = (OutboxRow.state == "pending", OutboxRow.next_at <= now)
         with read(self._engine) as connection:  # without the write lock: mostly nothing is due
+            now = self._now(connection)
+            due = (OutboxRow.state == "pending", OutboxRow.next_at <= now)
             if not connection.execute(select(exists().where(*due))).scalar():
                 return []
         with write(self._engine) as connection:
@@ -77,6 +85,11 @@ class Outbox:
             taken = [row["outbox_id"] for row in rows]
             connection.execute(update(OutboxRow).where(OutboxRow.outbox_id.in_(taken)).values(next_at=now + seconds))
             return [dataclasses.replace(_item(row), before=_before(connection, row)) for row in rows]
+
+    def outbox_renew(self, outbox_id: int, seconds: float) -> None:
+        """Keep a claim for ``seconds`` from now."""
+        with write(self._engine) as connection:
+            _set(connection, outbox_id, next_at=self._now(connection) + seconds)
 
     def outbox_done(self, outbox_id: int) -> None:
         """Every sink has it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Literal
@@ -13,7 +12,7 @@ from nla_monitor.errors import StoreError
 from nla_monitor.records import Alert, AlertState, Match, Reading, Scalar, StageFailure, Support
 from nla_monitor.store.calibrations import Tallies
 from nla_monitor.store.codec import alert_of, alert_row, clean, group_key, match_of, match_row, reading_row, support_of
-from nla_monitor.store.dialect import insert_new, locked, serialize, upsert
+from nla_monitor.store.dialect import insert_new, locked, serialize, server_time, upsert
 from nla_monitor.store.models import (
     AlertMatchRow,
     AlertRow,
@@ -41,7 +40,7 @@ class WorkerTransaction:
 
     def __init__(self, connection: Connection, run_ids: Iterable[str] = ()) -> None:
         self._connection = connection
-        self._now = time.time()
+        self._now = server_time(connection)
         serialize(connection, run_ids)
 
     @property

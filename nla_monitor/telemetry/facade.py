@@ -200,7 +200,7 @@ class Telemetry:
             self._metrics.unjudged.add(count, {semconv.ATTR_RULE: bounded.name(rule_id)})
 
     def delivery(self, sink: str, outcome: str) -> None:
-        """Count a post about an alert: ``delivered``, ``failed`` (tried again perhaps) or ``refused`` (for good)."""
+        """Count a post about an alert: ``delivered``, ``failed`` (tried again perhaps), ``refused`` or ``no_span``."""
         with self._guard("telemetry.delivery"):
             self._metrics.deliveries.add(1, {semconv.ATTR_SINK: bounded.name(sink), semconv.ATTR_OUTCOME: outcome})
 
@@ -209,7 +209,7 @@ class Telemetry:
         with self._guard("telemetry.expect_sinks"):
             for name in names:
                 sink = bounded.name(name)
-                for outcome in ("delivered", "failed", "refused"):
+                for outcome in ("delivered", "failed", "refused", "no_span"):
                     self._metrics.deliveries.add(0, {semconv.ATTR_SINK: sink, semconv.ATTR_OUTCOME: outcome})
 
     def guarantee_voided(self, rule_id: str) -> None:

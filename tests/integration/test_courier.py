@@ -16,10 +16,11 @@ from nla_monitor.alerts.alertmanager import AlertmanagerSink
 from nla_monitor.alerts.sinks import Sink, WebhookSink
 from nla_monitor.alerts.webhook import annotations_of
 from nla_monitor.config import MonitorConfig, load_config
+from nla_monitor.errors import StoreUnavailableError
 from nla_monitor.evidence.wording import lines
 from nla_monitor.records import ENDED, AlertState, RunInfo, TriageState
 from nla_monitor.spool.sql import SqlSpool
-from nla_monitor.store.engine import open_engine, write
+from nla_monitor.store.engine import is_sqlite, open_engine, write
 from nla_monitor.store.expiry import AFTERGLOW, expire
 from nla_monitor.store.models import RunRow
 from nla_monitor.store.repository import Repository
@@ -28,7 +29,7 @@ from nla_monitor.worker import Worker
 from tests.cli_support import STARTED, fill_store
 from tests.cli_support import sample as stored_sample
 from tests.receiver_support import Receiver, receiver
-from tests.store_support import new_database, sample
+from tests.store_support import alert, new_database, sample
 from tests.telemetry_support import in_memory_backend
 
 HACK = "The model intends to special-case the tests."
@@ -138,6 +139,35 @@ def test_what_could_not_be_told_at_the_end_is_said_and_the_next_worker_tells_it(
     assert repository.outbox_pending() == []
 
 
+def test_once_says_how_many_messages_are_left(
+    tmp_path: Path, server: Receiver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nla_monitor.cli.app import run
+
+    server.answer = lambda _body: 503
+    config = settings(tmp_path, "m.db", webhook=server.url)
+    reader, _ = begun(config, [WebhookSink(server.url)])
+    assert reader.run_once() == 1
+    file = tmp_path / "monitor.json"
+    file.write_text(config.model_dump_json(), encoding="utf-8")
+    assert run(["worker", "--once", "--config", str(file), "--av", "organism:planted/av", "--ar", "none"]) == 0
+    assert "1 message(s) about alerts wait" in capsys.readouterr().err
+
+
+def test_a_store_that_fails_at_the_end_is_said(
+    tmp_path: Path, server: Receiver, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, _ = begun(settings(tmp_path, "m.db"), [WebhookSink(server.url)])
+
+    def away(*_arguments: object) -> None:
+        raise StoreUnavailableError("the disk is full")
+
+    with reader._courier.at_work():
+        monkeypatch.setattr(reader._courier, "_deliver", away)
+    said = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "messages about alerts wait for the store: the disk is full" in said[-1].getMessage()
+
+
 def test_two_workers_tell_everything_once(tmp_path: Path, server: Receiver) -> None:
     config = settings(tmp_path, "m.db")
     engine = open_engine(config.database)
@@ -169,7 +199,7 @@ def test_each_post_is_counted_by_sink_and_outcome(tmp_path: Path, server: Receiv
         counts = {tuple(point.attributes[key] for key in ("sink", "outcome")): point.value for point in points}
     seen = {labels: count for labels, count in counts.items() if count}
     assert seen == {("webhook", "refused"): 1, (sinks[1].name, "delivered"): 1}
-    assert len(counts) == 6, "each begins at 0"
+    assert len(counts) == 8, "each begins at 0"
 
 
 # -- the end of a dead run's alerts -------------------------------------------------------------------------------
@@ -221,6 +251,22 @@ def test_a_run_of_which_something_waits_is_not_dead(repository: Repository) -> N
     SqlSpool(repository.engine).put([stored_sample(300, 7)])
     assert expire(repository.engine, time.time() + 100 * SILENCE, SILENCE) == []
     assert firing(repository) == 3
+
+
+def test_a_worker_whose_clock_is_hours_ahead_of_the_servers_ends_nothing(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_sqlite(repository.engine.url):
+        pytest.skip("all users of an SQLite database share one machine's clock")
+    with write(repository.engine) as connection:
+        connection.execute(update(RunRow).values(ended_at=None))
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + 3 * SILENCE)
+    assert expire(repository.engine, None, SILENCE) == []
+    assert repository.outbox_now() < right() + SILENCE
+    with repository.transaction() as tx:
+        tx.save_alert(alert(sample(1), fingerprint="ahead"), [], "fired")
+    assert max(item.created_at for item in repository.outbox_pending()) < right() + SILENCE
 
 
 def test_a_worker_ends_them_by_itself_and_tells(

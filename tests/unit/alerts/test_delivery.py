@@ -25,8 +25,9 @@ from nla_monitor.alerts.notify import AppriseSink
 from nla_monitor.alerts.sinks import (
     CLAIM_SECONDS,
     HELD_DELAY,
+    LAST_RESORT,
+    LEAST_ATTEMPTS,
     LONGEST_DELAY,
-    LONGEST_WAIT,
     DeliveryError,
     Drained,
     LogSink,
@@ -157,18 +158,18 @@ def test_a_message_that_is_always_refused_holds_up_no_other(
     assert {item.alert.fingerprint for item in repository.outbox_pending()} == {"1"}
 
 
-def test_what_waits_for_a_day_is_given_up_so_that_the_outbox_is_bounded(
+def test_what_waits_for_days_is_given_up_so_that_the_outbox_is_bounded(
     repository: Repository, clock: Clock, server: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.answer = lambda _body: 500
     began, sinks = clock.now, [WebhookSink(server.url)]
     fire(repository, *range(4))
-    while clock.now < began + LONGEST_WAIT + 8 * LONGEST_DELAY:
+    while clock.now < began + LAST_RESORT + 8 * LONGEST_DELAY:
         drain(repository, sinks, clock=clock)
-        clock.now += 4 * LONGEST_DELAY  # too few passes for all attempts of all
+        clock.now += 6 * LONGEST_DELAY  # too few passes for a day's attempts of all
     assert repository.outbox_pending() == []
     assert repository.outbox_dead() == 4
-    assert len(server.got) <= 4 * 12
+    assert len(server.got) <= 4 * LEAST_ATTEMPTS + 8
     assert "given up" in caplog.text
 
 

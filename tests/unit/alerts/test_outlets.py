@@ -112,6 +112,25 @@ def test_what_fires_is_posted_again_from_the_store_until_a_person_has_decided(
     assert Reminder(repository, []).tick() is None
 
 
+def test_all_that_fires_is_posted_again_however_many_a_person_has_decided(
+    repository: Repository, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nla_monitor.outlets._MANY", 3)
+    for number in range(10):
+        fire(repository, number)
+    mistaken = repository.alerts(limit=4)
+    for one in mistaken:
+        repository.label(one.alert_id, TriageState.BENIGN, "me")
+    Reminder(repository, [AlertmanagerSink(server.url)]).tick()
+    assert [len(body) for _, body in server.got] == [3, 3]
+    posted = {one["labels"]["fingerprint"] for _, body in server.got for one in body}
+    assert posted == {str(number) for number in range(10)} - {one.fingerprint for one in mistaken}
+    server.got.clear()
+    server.status = 503
+    Reminder(repository, [AlertmanagerSink(server.url)]).tick()
+    assert len(server.got) <= 1, "one that is away is not asked for the rest"
+
+
 @pytest.mark.parametrize(
     ("status", "given_up", "delayed"), [(400, 1, 0), (413, 1, 0), (401, 0, 1), (404, 0, 1), (500, 0, 1)]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import threading
@@ -15,8 +16,9 @@ import pytest
 
 from nla_monitor.alerts.sinks import (
     FIRST_DELAY,
+    LEAST_ATTEMPTS,
     LONGEST_DELAY,
-    MAX_ATTEMPTS,
+    LONGEST_WAIT,
     DeliveryError,
     Drained,
     LogSink,
@@ -298,9 +300,10 @@ def test_retries_grow_slower_and_end(repository: Repository, clock: Clock, caplo
         if dead.calls > before:
             waits.append(clock.now - last)
             last = clock.now
-        clock.now += FIRST_DELAY  # every delay is a multiple of the first
-    assert dead.calls == MAX_ATTEMPTS
-    assert waits[1:] == [min(FIRST_DELAY * 2**n, LONGEST_DELAY) for n in range(MAX_ATTEMPTS - 1)]
+        clock.now += FIRST_DELAY if len(waits) < 10 else LONGEST_DELAY  # the longest is no multiple of a power of two
+    assert waits[1:10] == [FIRST_DELAY * 2**n for n in range(9)]
+    assert set(waits[10:]) <= {LONGEST_DELAY, 2 * LONGEST_DELAY}
+    assert LONGEST_WAIT <= sum(waits) < LONGEST_WAIT + 2 * LONGEST_DELAY, "a day, as the runbooks say"
     assert repository.outbox_dead() == 1
     assert "is given up: fails: the cable is cut" in caplog.text
 
@@ -311,6 +314,68 @@ def test_a_refusal_for_good_is_given_up_at_once(repository: Repository, caplog: 
     assert drain(repository, [Fails(permanent=True), keeps]) == Drained(given_up=1)
     assert len(keeps.got) == 1
     assert "given up" in caplog.text
+
+
+def test_a_refusal_for_good_is_remembered_while_another_sink_is_away(
+    repository: Repository, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    fire(repository, 1)
+    refuses, away = Fails(permanent=True), Fails(times=3)
+    away.name = "away"
+    told: list[tuple[str, str]] = []
+    for _ in range(5):
+        drain(repository, [refuses, away], clock=clock, tell=lambda *said: told.append(said))
+        clock.now += LONGEST_DELAY
+    assert (refuses.calls, away.calls) == (1, 4)
+    assert told.count(("fails", "refused")) == 1
+    assert (repository.outbox_pending(), repository.outbox_dead()) == ([], 1)
+    assert "is given up: fails: refused for good" in caplog.text
+
+
+def test_a_message_after_one_that_was_refused_is_told(repository: Repository, clock: Clock) -> None:
+    """What a sink refused holds up nothing there, also while another sink still lacks it."""
+    one = alert(sample(1), fingerprint="1")
+    with repository.transaction() as tx:
+        one = tx.save_alert(one, [], "fired")
+    refuses, away = Fails(times=1, permanent=True), Fails()
+    away.name = "away"
+    drain(repository, [refuses, away], clock=clock)
+    with repository.transaction() as tx:
+        tx.save_alert(dataclasses.replace(one, state=AlertState.RESOLVED, resolved_at=1.0), [], "resolved")
+    drain(repository, [refuses, away], clock=clock)
+    assert refuses.calls == 2
+
+
+def test_a_worker_whose_clock_is_hours_ahead_gives_up_nothing_that_is_new(repository: Repository, clock: Clock) -> None:
+    fire(repository, 1)
+    dead = Fails()
+    clock.now += LONGEST_WAIT + 3600
+    for _ in range(LEAST_ATTEMPTS - 1):
+        assert drain(repository, [dead], clock=clock) == Drained(delayed=1)
+        clock.now += LONGEST_DELAY
+    assert dead.calls == LEAST_ATTEMPTS - 1
+
+
+def test_sinks_that_are_slow_together_keep_the_message_from_other_workers(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nla_monitor.alerts.sinks.CLAIM_SECONDS", 1.0)
+    engine = open_engine(store_url)
+    repository = Repository(engine)
+    fire(repository, 1)
+    other = Keeps("other")
+
+    class Slow:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def send(self, kind: str, alert: Alert) -> None:
+            time.sleep(0.6)
+            drain(repository, [other])
+
+    assert drain(repository, [Slow("one"), Slow("two")]) == Drained(delivered=1)
+    assert other.got == []
+    engine.dispose()
 
 
 def test_without_sinks_the_outbox_empties(repository: Repository) -> None:

@@ -22,7 +22,17 @@ from nla_monitor.alerts.langfuse import LangfuseSink, score
 from nla_monitor.alerts.notify import _body
 from nla_monitor.alerts.phoenix import PhoenixSink, annotation
 from nla_monitor.alerts.responses import describe
-from nla_monitor.alerts.sinks import LONE_ATTEMPTS, MAX_ATTEMPTS, DeliveryError, Drained, LogSink, Sink, drain
+from nla_monitor.alerts.sinks import (
+    FIRST_DELAY,
+    LAST_RESORT,
+    LONE_ATTEMPTS,
+    LONGEST_DELAY,
+    DeliveryError,
+    Drained,
+    LogSink,
+    Sink,
+    drain,
+)
 from nla_monitor.alerts.webhook import annotations_of, payload
 from nla_monitor.cli.doctor_command import _outlets
 from nla_monitor.config import load_config
@@ -284,14 +294,44 @@ def test_a_span_that_is_late_holds_up_nobody_and_is_annotated_once_it_is_there(
     assert repository.outbox_pending() == []
 
 
-def test_a_span_that_never_comes_is_given_up_in_the_end(server: Server, repository: Repository) -> None:
+def test_a_span_that_never_comes_is_no_message_that_somebody_missed(
+    server: Server, repository: Repository, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Spans are sampled, and lost on their way: nobody is to be woken for that."""
+    caplog.set_level(logging.INFO)
     fire(repository, 1)
     server.missing = {SPAN}
     sinks: list[Sink] = [LogSink(), sink_to("phoenix", server.url)]
-    drained = drain(Soon(repository), sinks, limit=1000)
-    assert (drained.delivered, drained.delayed, drained.given_up) == (0, LONE_ATTEMPTS - 1, 1)
+    told: list[tuple[str, str]] = []
+    drained = drain(Soon(repository), sinks, limit=1000, tell=lambda *said: told.append(said))
+    assert (drained.delivered, drained.delayed, drained.given_up) == (1, LONE_ATTEMPTS - 1, 0)
     assert len(server.got) == LONE_ATTEMPTS
-    assert repository.outbox_dead() == 1
+    assert (repository.outbox_pending(), repository.outbox_dead()) == ([], 0)
+    assert told == [("log", "delivered"), *[("phoenix", "failed")] * (LONE_ATTEMPTS - 1), ("phoenix", "no_span")]
+    (said,) = [record for record in caplog.records if "is not shown by phoenix" in record.message]
+    assert said.levelno == logging.INFO
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_span_is_awaited_for_four_minutes_which_is_less_than_an_alarm_takes() -> None:
+    waits = [min(FIRST_DELAY * 2**n, LONGEST_DELAY) for n in range(LONE_ATTEMPTS - 1)]
+    assert 200 < sum(waits) < 300
+
+
+def test_a_missing_span_is_not_asked_for_while_another_sink_is_away(server: Server, repository: Repository) -> None:
+    class Away:
+        name = "away"
+
+        def send(self, kind: str, alert: Alert) -> None:
+            raise DeliveryError("away")
+
+    fire(repository, 1)
+    server.missing = {SPAN}
+    for _ in range(3 * LONE_ATTEMPTS):
+        drain(Soon(repository), [sink_to("phoenix", server.url), Away()], limit=1)
+    assert len(server.got) == LONE_ATTEMPTS
+    (item,) = repository.outbox_pending()
+    assert item.delivered == ("phoenix?",)
 
 
 # -- receivers that refuse or are away ----------------------------------------------------------------------------
@@ -321,8 +361,9 @@ def test_refused_keys_are_told_of_by_their_place_and_never_shown(  # noqa: PLR09
     fire(repository, 1)
     server.status = status
     sink = sink_to(ui, server.url)
-    drained = [drain(Soon(repository), [sink], limit=1) for _ in range(MAX_ATTEMPTS)]
-    assert drained == [Drained(delayed=1)] * (MAX_ATTEMPTS - 1) + [Drained(given_up=1)]
+    assert drain(Soon(repository), [sink], limit=1) == Drained(delayed=1)
+    late = time.time() + LAST_RESORT
+    assert drain(Soon(repository), [sink], limit=1, clock=lambda: late) == Drained(given_up=1)
     assert f"refused the keys ({status}); see alerts.{ui}" in caplog.text
     assert SECRET not in caplog.text
     assert PUBLIC not in caplog.text
