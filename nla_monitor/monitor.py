@@ -25,7 +25,7 @@ from nla_monitor.annotations import Annotations
 from nla_monitor.attached import announce, withdraw
 from nla_monitor.capture import Capture
 from nla_monitor.config import SECRET_OUTLETS, MonitorConfig, absolute_database, load_config, overridden
-from nla_monitor.errors import AttachError
+from nla_monitor.errors import AttachError, StoreError
 from nla_monitor.guard import Guard
 from nla_monitor.nla.sidecar import load_sidecar
 from nla_monitor.organism import resolve
@@ -310,8 +310,14 @@ class Monitor:
             self.transcripts.close()
             self._look()  # alerts that came with the last batches
             if ranks.rank() == 0 and self._watched:
-                self.repository.end_run(self.run_id)
+                self._end_run()
         return complete
+
+    def _end_run(self) -> None:
+        try:
+            self.repository.end_run(self.run_id)
+        except StoreError as error:  # a full disk, say: no fault of ours
+            logger.warning("nla_monitor: the end of the run could not be stored: %s", error)
 
     # -- what a loop calls ---------------------------------------------------------------------------------------
 

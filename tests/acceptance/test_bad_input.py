@@ -330,7 +330,7 @@ def test_a_read_only_database_can_be_read_and_refuses_the_rest(tmp_path: Path) -
     assert "CODES [0, 0, 3]" in done.stdout, done.stdout + done.stderr
     assert "ERROR StoreUnavailableError" in done.stdout
     assert "read-only" in done.stdout
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_run_without_samples_has_a_report(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_a_run_without_samples_has_a_report(tmp_path: Path) -> None:
     assert json.loads(command("report", "--json", cwd=tmp_path).stdout)
     new_database(tmp_path / "none.db")
     done = command("report", "--database", "none.db", cwd=tmp_path)
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode in (0, 2)
 
 
@@ -478,4 +478,4 @@ def test_a_file_that_cannot_grow_harms_no_training(tmp_path: Path, bare: list[fl
     assert said["losses"] == bare
     assert sum(said["dropped"].values()) > 0
     assert said["written"] + sum(said["dropped"].values()) == said["sampled"]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
